@@ -1,0 +1,137 @@
+//! The one error type of the crate: what was being done, why it failed, and what to do next.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, for callers that react to it. The text of [`Error`] is for people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kind {
+    /// A file could not be read, mapped or written.
+    Io,
+    /// A file's content is broken: truncated, overlapping, not what its header says.
+    Format,
+    /// The content is well-formed but not something this runtime runs.
+    Unsupported,
+    /// A caller's argument is out of range: an empty prompt, a token id beyond the vocabulary.
+    Argument,
+    /// Shapes or dtypes do not fit together.
+    Shape,
+    /// What was asked for does not fit into the memory it may use.
+    Memory,
+    /// A NaN or an infinity where a number is needed.
+    Numeric,
+    /// A router file belongs to another base model.
+    Mismatch,
+}
+
+/// An error that names the operation, the cause and the next action.
+///
+/// Displayed on one line: `path: cause (while op); action`.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Error(Box<Inner>);
+
+#[derive(Clone, PartialEq, Eq)]
+struct Inner {
+    kind: Kind,
+    cause: String,
+    op: Option<String>,
+    path: Option<PathBuf>,
+    action: Option<String>,
+}
+
+impl Error {
+    pub fn new(kind: Kind, cause: impl Into<String>) -> Self {
+        Error(Box::new(Inner { kind, cause: cause.into(), op: None, path: None, action: None }))
+    }
+
+    /// An input/output error on `path`.
+    pub fn io(path: impl AsRef<Path>, error: std::io::Error) -> Self {
+        let action = match error.kind() {
+            std::io::ErrorKind::NotFound => "check the path",
+            std::io::ErrorKind::PermissionDenied => "check the permissions of the file",
+            _ => "check the file and the disk",
+        };
+        Error::new(Kind::Io, error.to_string()).at(path).action(action)
+    }
+
+    /// Names the file it is about. The innermost path wins: it is the most precise.
+    pub fn at(mut self, path: impl AsRef<Path>) -> Self {
+        self.0.path.get_or_insert_with(|| path.as_ref().to_path_buf());
+        self
+    }
+
+    /// Names the operation that failed. The innermost wins.
+    pub fn during(mut self, op: impl Into<String>) -> Self {
+        self.0.op.get_or_insert_with(|| op.into());
+        self
+    }
+
+    /// Says what the user can do about it. The innermost wins.
+    pub fn action(mut self, action: impl Into<String>) -> Self {
+        self.0.action.get_or_insert_with(|| action.into());
+        self
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The file the error is about, if it is about one.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let e = &self.0;
+        if let Some(path) = &e.path {
+            write!(f, "{}: ", path.display())?;
+        }
+        f.write_str(&e.cause)?;
+        if let Some(op) = &e.op {
+            write!(f, " (while {op})")?;
+        }
+        if let Some(action) = &e.action {
+            write!(f, "; {action}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Returns early with an [`Error`] of the kind when the condition does not hold.
+macro_rules! ensure {
+    ($cond:expr, $kind:ident, $($message:tt)+) => {
+        if !$cond {
+            return Err($crate::error::Error::new($crate::error::Kind::$kind, format!($($message)+)));
+        }
+    };
+}
+pub(crate) use ensure;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_path_cause_op_and_action() {
+        let e = Error::new(Kind::Format, "header is cut off")
+            .at("a.safetensors")
+            .at("outer")
+            .during("loading weights")
+            .action("download it again");
+        assert_eq!(e.to_string(), "a.safetensors: header is cut off (while loading weights); download it again");
+        assert_eq!(e.kind(), Kind::Format);
+    }
+}

@@ -1,0 +1,174 @@
+//! Data types, and read-only tensors that borrow their bytes from a mapped file.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Result, ensure};
+
+/// How an element is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DType {
+    F32,
+    F16,
+    BF16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::F16 | DType::BF16 => 2,
+        }
+    }
+
+    /// The name a safetensors header uses.
+    pub const fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "F32",
+            DType::F16 => "F16",
+            DType::BF16 => "BF16",
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            DType::F32 => "f32",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+        })
+    }
+}
+
+/// A range of bytes kept alive by its owner: a mapped file, an embedded asset, a vector. Cloning shares.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    pub fn new(owner: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
+        let len = owner.as_ref().len();
+        Bytes { owner: Arc::new(owner), range: 0..len }
+    }
+
+    /// A part of these bytes. Panics when out of range, as slicing does.
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.range.len());
+        let start = self.range.start;
+        Bytes { owner: self.owner.clone(), range: start + range.start..start + range.end }
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bytes({})", self.range.len())
+    }
+}
+
+/// A dense, row-major, read-only tensor of one or two dimensions, in its stored dtype.
+#[derive(Debug, Clone)]
+pub struct Tensor {
+    pub dtype: DType,
+    /// [rows, cols]; a vector is one row.
+    pub rows: usize,
+    pub cols: usize,
+    bytes: Bytes,
+}
+
+impl Tensor {
+    /// Errors: the bytes are not rows·cols elements (Shape).
+    /// Bytes that are not aligned to the element are copied; writers of safetensors align them.
+    pub fn new(dtype: DType, rows: usize, cols: usize, bytes: Bytes) -> Result<Self> {
+        let wanted = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+        ensure!(wanted == Some(bytes.len()), Shape, "{} bytes are not a [{rows}, {cols}] {dtype} tensor", bytes.len());
+        let bytes = if bytes.as_ptr() as usize % dtype.size() == 0 { bytes } else { aligned_copy(&bytes) };
+        Ok(Tensor { dtype, rows, cols, bytes })
+    }
+
+    /// A tensor of one row that owns its values.
+    pub fn from_f32(values: &[f32]) -> Self {
+        Tensor { dtype: DType::F32, rows: 1, cols: values.len(), bytes: aligned_copy(bytemuck::cast_slice(values)) }
+    }
+
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    /// The elements, in place.
+    pub fn data(&self) -> Data<'_> {
+        match self.dtype {
+            DType::F32 => Data::F32(bytemuck::cast_slice(&self.bytes)),
+            DType::F16 => Data::F16(bytemuck::cast_slice(&self.bytes)),
+            DType::BF16 => Data::BF16(bytemuck::cast_slice(&self.bytes)),
+        }
+    }
+
+    /// All elements, widened to f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.data() {
+            Data::F32(v) => v.to_vec(),
+            Data::F16(v) => v.iter().map(|x| x.to_f32()).collect(),
+            Data::BF16(v) => v.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+}
+
+/// A tensor's elements by dtype.
+#[derive(Clone, Copy)]
+pub enum Data<'a> {
+    F32(&'a [f32]),
+    F16(&'a [half::f16]),
+    BF16(&'a [half::bf16]),
+}
+
+/// Copies into memory aligned for every dtype.
+fn aligned_copy(bytes: &[u8]) -> Bytes {
+    struct Aligned(Vec<u32>, usize);
+    impl AsRef<[u8]> for Aligned {
+        fn as_ref(&self) -> &[u8] {
+            &bytemuck::cast_slice(&self.0)[..self.1]
+        }
+    }
+    let mut words = vec![0u32; bytes.len().div_ceil(4)];
+    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
+    Bytes::new(Aligned(words, bytes.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn misaligned_bytes_are_readable() {
+        let mut raw = vec![0u8];
+        raw.extend_from_slice(bytemuck::cast_slice(&[1.5f32, -2.0]));
+        let t = Tensor::new(DType::F32, 1, 2, Bytes::new(raw).slice(1..9)).unwrap();
+        assert_eq!(t.to_f32(), [1.5, -2.0]);
+    }
+
+    #[test]
+    fn wrong_sizes_are_refused() {
+        assert!(Tensor::new(DType::BF16, 3, 3, Bytes::new(vec![0u8; 16])).is_err());
+        assert!(Tensor::new(DType::F32, usize::MAX, 2, Bytes::new(Vec::new())).is_err());
+    }
+}
