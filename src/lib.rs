@@ -1,7 +1,7 @@
 //! mindskip: a transformer runtime whose depth is dynamic.
-#![warn(missing_docs)]
 #![deny(unsafe_code)]
 
+pub mod backend;
 mod error;
 pub mod tensor;
 

@@ -1,0 +1,210 @@
+//! The contract between the model and the machine: a dozen fused ops over plain buffer handles.
+//!
+//! `model.rs` is written against [`Backend`]; a backend is chosen once, when the engine is built. Every op takes one
+//! plain struct whose fields state shapes, whose `check` refuses wrong ones before anything runs, and whose `cost` says
+//! how many FLOPs and bytes the op needs for the rows it really processed. Buffers are offsets into arenas that the
+//! memory planner has placed (`memory.rs`), so a step allocates nothing and handles are `Copy`.
+
+pub mod cpu;
+mod ops;
+
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::tensor::{DType, Tensor};
+
+pub use ops::*;
+
+/// A weight held by a backend: matrices as [out, in], row-major, in their stored dtype; vectors as [1, n].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Weight {
+    /// The index that the backend gave it.
+    pub id: usize,
+    pub rows: usize,
+    pub cols: usize,
+    pub dtype: DType,
+}
+
+/// A row-major matrix [rows, cols] in the activation arena.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mat {
+    /// Bytes from the start of the arena, a multiple of [`ALIGN`] for whole buffers.
+    pub offset: usize,
+    pub rows: usize,
+    pub cols: usize,
+    pub dtype: DType,
+}
+
+/// Alignment of buffers in the arenas, in bytes: a cache line, and what 16-byte vector access and TMA ask for.
+pub const ALIGN: usize = 128;
+
+impl Mat {
+    /// The rows `range` of this matrix.
+    pub fn rows(self, range: Range<usize>) -> Mat {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let offset = self.offset + range.start * self.cols * self.dtype.size();
+        Mat { offset, rows: range.len(), ..self }
+    }
+
+    pub fn bytes(self) -> usize {
+        self.rows * self.cols * self.dtype.size()
+    }
+}
+
+/// A run of u32 values in the integer arena: token ids, positions, row indices, counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ints {
+    /// Elements from the start of the arena.
+    pub offset: usize,
+    pub len: usize,
+}
+
+impl Ints {
+    pub fn slice(self, range: Range<usize>) -> Ints {
+        assert!(range.start <= range.end && range.end <= self.len, "ints {range:?} of {}", self.len);
+        Ints { offset: self.offset + range.start, len: range.len() }
+    }
+}
+
+/// The rows an op works on: `index[0..n]`, ascending row numbers of the residual stream.
+///
+/// In prefill the host knows n, it is `bound`. In decode it stays on the device: n is read there from `count` and the host
+/// only knows that n <= bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowSet {
+    /// [bound]
+    pub index: Ints,
+    pub bound: usize,
+    /// [1], or None when n is `bound`.
+    pub count: Option<Ints>,
+}
+
+impl RowSet {
+    /// All of `index`.
+    pub fn exact(index: Ints) -> RowSet {
+        RowSet { index, bound: index.len, count: None }
+    }
+}
+
+/// Rows of one page of the KV cache.
+pub const PAGE: usize = 64;
+
+/// The shape of the KV pool: pages of [`PAGE`] rows shared by all layers and sequences.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    pub layers: usize,
+    /// Sequences that can be open at a time.
+    pub slots: usize,
+    /// Pages in the pool.
+    pub pages: usize,
+    /// Longest page table of a (layer, sequence).
+    pub pages_per_seq: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub dtype: DType,
+}
+
+impl KvLayout {
+    /// Bytes of one page: K, V and the original position (u32) of [`PAGE`] rows.
+    pub fn page_bytes(&self) -> usize {
+        PAGE * (2 * self.kv_heads * self.head_dim * self.dtype.size() + 4)
+    }
+}
+
+/// What a backend runs on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// For people: "cpu, 2 threads, avx512".
+    pub name: String,
+    /// Bytes free for weights, activations and K/V; None when it could not be found out.
+    pub free_memory: Option<u64>,
+    /// Storage of normalised rows, projections and MLP activations. The residual stream is f32 everywhere.
+    pub activations: DType,
+    /// Storage of the KV cache.
+    pub kv: DType,
+}
+
+/// FLOPs and bytes an op needs: multiply-adds count two, every operand is moved once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Cost {
+    pub flops: u64,
+    pub bytes: u64,
+}
+
+/// What an op did, for a step's accounts: calls, FLOPs and bytes by op, rows appended to the KV cache.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Meter {
+    pub ops: [OpCount; OpKind::COUNT],
+    pub kv_rows: u64,
+}
+
+/// One op's share of a [`Meter`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OpCount {
+    pub calls: u64,
+    pub cost: Cost,
+}
+
+impl Meter {
+    pub fn add(&mut self, op: OpKind, cost: Cost) {
+        let count = &mut self.ops[op as usize];
+        count.calls += 1;
+        count.cost.flops += cost.flops;
+        count.cost.bytes += cost.bytes;
+    }
+
+    pub fn total(&self) -> Cost {
+        self.ops.iter().fold(Cost::default(), |sum, op| Cost {
+            flops: sum.flops + op.cost.flops,
+            bytes: sum.bytes + op.cost.bytes,
+        })
+    }
+}
+
+/// A device with memory, a KV pool and the [`Ops`].
+pub trait Backend: Ops + Send {
+    fn info(&self) -> &DeviceInfo;
+
+    /// Takes a weight over. The CPU reads it in place; a GPU copies it.
+    fn upload(&mut self, tensor: &Tensor) -> Result<Weight>;
+
+    /// Allocates the arenas (bytes of activations, u32 elements) and the KV pool. Called once.
+    /// Errors: Memory when they cannot be had.
+    fn reserve(&mut self, arena_bytes: usize, ints: usize, kv: &KvLayout) -> Result<()>;
+
+    /// Copies host values into the integer arena; `values` fill `to` from its start.
+    fn write_ints(&mut self, to: Ints, values: &[u32]) -> Result<()>;
+
+    /// Copies f32 values into an f32 matrix, from its start.
+    fn write_floats(&mut self, to: Mat, values: &[f32]) -> Result<()>;
+
+    /// Waits for the ops so far and copies `from` to the host.
+    fn read_ints(&mut self, from: Ints, to: &mut [u32]) -> Result<()>;
+
+    /// Waits for the ops so far and copies an f32 matrix to the host.
+    fn read_floats(&mut self, from: Mat, to: &mut [f32]) -> Result<()>;
+
+    /// Sets the pages of (layer, slot) from `first` on.
+    fn kv_pages(&mut self, layer: usize, slot: usize, first: usize, pages: &[u32]) -> Result<()>;
+
+    /// Sets the number of rows that (layer, slot) holds. Ops advance it by themselves ([`Route`]); the host sets it when a
+    /// sequence opens or is rolled back.
+    fn kv_len(&mut self, layer: usize, slot: usize, rows: usize) -> Result<()>;
+
+    /// Runs the ops of one step. A backend may record `body` the first time and replay it for the same key, so `body`
+    /// only issues ops and reads nothing back, unless `key` is None.
+    fn step(
+        &mut self,
+        key: Option<StepKey>,
+        body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send),
+    ) -> Result<()>;
+
+    fn meter(&mut self) -> &mut Meter;
+}
+
+/// What makes two steps issue the same ops over the same buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StepKey {
+    /// Rows of the step, one for each sequence.
+    pub rows: usize,
+}

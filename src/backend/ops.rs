@@ -1,0 +1,522 @@
+//! The ops: one argument struct each, with its shape check and its cost. [`ops!`] makes the trait, the list that tests and
+//! benches iterate over, and the boxed form from the same lines.
+
+use super::{Cost, Ints, Mat, RowSet, Weight};
+use crate::error::{Result, ensure};
+use crate::tensor::DType;
+
+macro_rules! ops {
+    ($($(#[$doc:meta])* $method:ident($args:ident)),+ $(,)?) => {
+        /// The fused ops that a backend implements.
+        pub trait Ops {
+            $($(#[$doc])* fn $method(&mut self, args: &$args) -> Result<()>;)+
+        }
+
+        /// The name of an op.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum OpKind { $(#[allow(missing_docs)] $args),+ }
+
+        impl OpKind {
+            pub const ALL: &[OpKind] = &[$(OpKind::$args),+];
+            pub const COUNT: usize = OpKind::ALL.len();
+
+            pub fn name(self) -> &'static str {
+                match self { $(OpKind::$args => stringify!($method)),+ }
+            }
+        }
+
+        /// An op with its arguments.
+        #[derive(Debug, Clone, Copy)]
+        pub enum Op { $(#[allow(missing_docs)] $args($args)),+ }
+
+        impl Op {
+            pub fn kind(&self) -> OpKind {
+                match self { $(Op::$args(_) => OpKind::$args),+ }
+            }
+
+            pub fn run(&self, ops: &mut (impl Ops + ?Sized)) -> Result<()> {
+                match self { $(Op::$args(args) => ops.$method(args)),+ }
+            }
+        }
+    };
+}
+
+ops! {
+    /// Looks up token embeddings: `out[i] = table[ids[i]]`.
+    embed(Embed),
+    /// Cosines and sines of the rotary angles: `out[i] = [cos(p·f) | sin(p·f)]`, computed once a step for all layers.
+    rope_angles(RopeAngles),
+    /// RMSNorm of some rows of the residual stream, compacted, and in the same pass the router's dot product.
+    norm_gate(NormGate),
+    /// Decides which rows are active, compacts them in order, and gives every query row the K/V rows it may see.
+    route(Route),
+    /// Q of the active rows, K and V of the rows that are kept.
+    qkv(Qkv),
+    /// q/k norm and RoPE at the original positions; K and V go into their pages.
+    rope_append(RopeAppend),
+    /// Flash attention of compacted queries over paged K/V by row ranges.
+    attend(Attend),
+    /// A projection scattered into the residual stream: `x[rows[i]] += src[i]·Wᵀ + b`.
+    project_add(ProjectAdd),
+    /// `out = silu(h·Gᵀ) ⊙ (h·Uᵀ)`.
+    swiglu(SwiGlu),
+    /// `out = h·Wᵀ`, the logits.
+    logits(Logits),
+    /// Log-probabilities of given tokens: `out[i] = logits[i, targets[i]] − logsumexp(logits[i])`.
+    logprobs(LogProbs),
+}
+
+/// What an op really processed, known when it has run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Rows (for [`Qkv`] and [`RopeAppend`]: query rows).
+    pub rows: usize,
+    /// K/V rows ([`Qkv`], [`RopeAppend`]); distinct K/V rows read ([`Attend`]).
+    pub kv_rows: usize,
+    /// Sum of `end − first` over the query rows ([`Attend`]).
+    pub pairs: u64,
+}
+
+fn weight_bytes(w: Weight) -> u64 {
+    (w.rows * w.cols * w.dtype.size()) as u64
+}
+
+/// The cost of `rows` rows through a weight; nothing is read when there are none.
+fn linear(w: Weight, rows: usize, src: DType, out: DType) -> Cost {
+    if rows == 0 {
+        return Cost::default();
+    }
+    let (m, n, k) = (rows as u64, w.rows as u64, w.cols as u64);
+    Cost { flops: 2 * m * n * k, bytes: weight_bytes(w) + m * (k * src.size() as u64 + n * out.size() as u64) }
+}
+
+impl std::ops::Add for Cost {
+    type Output = Cost;
+    fn add(self, other: Cost) -> Cost {
+        Cost { flops: self.flops + other.flops, bytes: self.bytes + other.bytes }
+    }
+}
+
+fn check_linear(op: &str, w: Weight, src: Mat, bias: Option<Weight>, bound: usize) -> Result<()> {
+    ensure!(src.cols == w.cols, Shape, "{op}: rows of {} do not fit a [{}, {}] weight", src.cols, w.rows, w.cols);
+    if let Some(b) = bias {
+        ensure!(b.rows * b.cols == w.rows, Shape, "{op}: a bias of {} for {} outputs", b.rows * b.cols, w.rows);
+    }
+    check_rows(op, "source", src, bound)
+}
+
+fn check_rows(op: &str, what: &str, m: Mat, bound: usize) -> Result<()> {
+    ensure!(m.rows >= bound, Shape, "{op}: {what} holds {} rows, {bound} are needed", m.rows);
+    Ok(())
+}
+
+fn check_out(op: &str, out: Mat, bound: usize, cols: usize) -> Result<()> {
+    ensure!(out.cols == cols, Shape, "{op}: output of {} columns, {cols} are made", out.cols);
+    check_rows(op, "output", out, bound)
+}
+
+fn check_len(op: &str, what: &str, ints: Ints, len: usize) -> Result<()> {
+    ensure!(ints.len >= len, Shape, "{op}: {what} holds {}, {len} are needed", ints.len);
+    Ok(())
+}
+
+/// See [`Ops::embed`].
+#[derive(Debug, Clone, Copy)]
+pub struct Embed {
+    /// [vocab, hidden]
+    pub table: Weight,
+    /// [rows], each below vocab
+    pub ids: Ints,
+    /// [rows, hidden], f32
+    pub out: Mat,
+}
+
+impl Embed {
+    pub fn check(&self) -> Result<()> {
+        check_out("embed", self.out, self.ids.len, self.table.cols)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let row = self.table.cols * (self.table.dtype.size() + self.out.dtype.size());
+        Cost { flops: 0, bytes: (work.rows * row) as u64 }
+    }
+}
+
+/// See [`Ops::rope_angles`].
+#[derive(Debug, Clone, Copy)]
+pub struct RopeAngles {
+    /// [rows], original positions
+    pub pos: Ints,
+    /// [1, head_dim/2], f32: radians per position, scaling applied
+    pub inv_freq: Weight,
+    /// [rows, head_dim], f32: cosines, then sines
+    pub out: Mat,
+}
+
+impl RopeAngles {
+    pub fn check(&self) -> Result<()> {
+        check_out("rope_angles", self.out, self.pos.len, 2 * self.inv_freq.cols)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        Cost { flops: (work.rows * 2 * self.out.cols) as u64, bytes: (work.rows * self.out.cols * 4) as u64 }
+    }
+}
+
+/// See [`Ops::norm_gate`]. `h = x / sqrt(mean(x²) + eps) ⊙ weight`, in f32.
+#[derive(Debug, Clone, Copy)]
+pub struct NormGate {
+    /// [*, hidden], f32: the residual stream
+    pub x: Mat,
+    pub rows: RowSet,
+    /// [1, hidden]
+    pub weight: Weight,
+    pub eps: f32,
+    /// [rows, hidden]: `out[i]` is the norm of `x[rows[i]]`
+    pub out: Mat,
+    pub gate: Option<Gate>,
+}
+
+/// The router's part of [`NormGate`].
+#[derive(Debug, Clone, Copy)]
+pub struct Gate {
+    /// [1, hidden], f32
+    pub router: Weight,
+    /// [*, 1], f32: `logits[rows[i]] = h·r`. The score is its sigmoid.
+    pub logits: Mat,
+}
+
+impl NormGate {
+    pub fn check(&self) -> Result<()> {
+        let hidden = self.x.cols;
+        ensure!(self.weight.cols == hidden, Shape, "norm_gate: weight of {}, rows of {hidden}", self.weight.cols);
+        ensure!(self.x.dtype == DType::F32, Shape, "norm_gate: the residual stream is f32");
+        check_len("norm_gate", "row index", self.rows.index, self.rows.bound)?;
+        if let Some(gate) = self.gate {
+            ensure!(gate.router.cols == hidden, Shape, "norm_gate: router of {}, rows of {hidden}", gate.router.cols);
+            ensure!(gate.router.dtype == DType::F32, Shape, "norm_gate: routers are f32");
+            check_rows("norm_gate", "logits", gate.logits, self.rows.bound)?;
+        }
+        check_out("norm_gate", self.out, self.rows.bound, hidden)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let (rows, hidden) = (work.rows as u64, self.x.cols as u64);
+        let gate = if self.gate.is_some() { 2 } else { 0 };
+        Cost { flops: rows * hidden * (4 + gate), bytes: rows * hidden * (4 + self.out.dtype.size() as u64) }
+    }
+}
+
+/// How [`Route`] decides.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Decide {
+    /// Every row is active: a dense layer.
+    All,
+    /// A row is active when its score reaches the threshold.
+    Threshold(f32),
+    /// The ceil(share·T) best scores of each sequence of T rows; of equals the earlier row.
+    TopK(f32),
+    /// A sequence is active when the sigmoid of its mean logit reaches the threshold; once decided it stays.
+    Sequence(f32),
+}
+
+/// Which rows a part of a layer takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Take {
+    All,
+    Active,
+}
+
+/// In [`Route::decided`]: the sequence has not been routed yet.
+pub const UNDECIDED: u32 = 2;
+
+/// See [`Ops::route`]. Rows stand by sequence, positions ascend within one.
+///
+/// Also advances the K/V length of (layer, slot) by the rows that are kept; [`RopeAppend`] then fills them.
+#[derive(Debug, Clone, Copy)]
+pub struct Route {
+    pub layer: usize,
+    pub decide: Decide,
+    /// The rows that query, and the rows that write K/V.
+    pub queries: Take,
+    pub keys: Take,
+    /// Sliding window in original positions: position p sees those above p − window.
+    pub window: Option<usize>,
+    /// [rows, 1], f32; not read by [`Decide::All`]
+    pub logits: Mat,
+    /// [rows]
+    pub pos: Ints,
+    /// [sequences + 1], first row of each sequence, and the end
+    pub seq_start: Ints,
+    /// [sequences], KV slot of each
+    pub slots: Ints,
+    /// [sequences], for [`Decide::Sequence`]: 0 skipped, 1 active, [`UNDECIDED`]; written when decided
+    pub decided: Ints,
+    /// [cuts], ascending row numbers, the last one is the number of rows
+    pub cuts: Ints,
+    /// out [rows]: active rows, ascending
+    pub active: Ints,
+    /// out [cuts]: active rows below each cut
+    pub active_at: Ints,
+    /// out [rows], for the i-th querying row: the K/V rows [first, end) of its sequence that it sees
+    pub first: Ints,
+    pub end: Ints,
+    /// out [rows], for the i-th kept row: its row number in the K/V of (layer, sequence)
+    pub kv_row: Ints,
+}
+
+impl Route {
+    pub fn check(&self) -> Result<()> {
+        let rows = self.pos.len;
+        check_rows("route", "logits", self.logits, if self.decide == Decide::All { 0 } else { rows })?;
+        check_len("route", "slots", self.slots, self.seq_start.len.saturating_sub(1))?;
+        check_len("route", "active counts", self.active_at, self.cuts.len)?;
+        for (what, ints) in [("active", self.active), ("first", self.first), ("end", self.end), ("kv_row", self.kv_row)] {
+            check_len("route", what, ints, rows)?;
+        }
+        if let Decide::Sequence(_) = self.decide {
+            check_len("route", "decisions", self.decided, self.slots.len)?;
+        }
+        Ok(())
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        Cost { flops: 0, bytes: (work.rows * 4 * 5) as u64 }
+    }
+}
+
+/// See [`Ops::qkv`]: `q[i] = h[q_rows[i] − base]·Wqᵀ + bq`, and K, V likewise for `kv_rows`.
+#[derive(Debug, Clone, Copy)]
+pub struct Qkv {
+    /// [rows, hidden]; row 0 is the row `base` of the residual stream
+    pub h: Mat,
+    pub base: usize,
+    pub q_rows: RowSet,
+    pub kv_rows: RowSet,
+    /// [heads·head_dim, hidden], [kv_heads·head_dim, hidden] twice
+    pub weights: [Weight; 3],
+    pub biases: [Option<Weight>; 3],
+    /// [q_rows, heads·head_dim]
+    pub q: Mat,
+    /// [kv_rows, kv_heads·head_dim]
+    pub k: Mat,
+    pub v: Mat,
+}
+
+impl Qkv {
+    pub fn check(&self) -> Result<()> {
+        let rows = [self.q_rows, self.kv_rows, self.kv_rows];
+        for (((w, b), rows), out) in self.weights.into_iter().zip(self.biases).zip(rows).zip([self.q, self.k, self.v]) {
+            check_linear("qkv", w, self.h, b, rows.bound)?;
+            check_len("qkv", "row index", rows.index, rows.bound)?;
+            check_out("qkv", out, rows.bound, w.rows)?;
+        }
+        Ok(())
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let [q, k, v] = self.weights;
+        let cost = |w, rows| linear(w, rows, self.h.dtype, self.q.dtype);
+        cost(q, work.rows) + cost(k, work.kv_rows) + cost(v, work.kv_rows)
+    }
+}
+
+/// See [`Ops::rope_append`]. RoPE rotates the halves of a head against each other, as Hugging Face does.
+#[derive(Debug, Clone, Copy)]
+pub struct RopeAppend {
+    pub layer: usize,
+    pub head_dim: usize,
+    /// [*, head_dim], f32: by row of the residual stream, from [`RopeAngles`]
+    pub angles: Mat,
+    /// [*], original position, and KV slot, of each row of the residual stream
+    pub pos: Ints,
+    pub row_slot: Ints,
+    pub q_rows: RowSet,
+    pub kv_rows: RowSet,
+    /// [kv_rows], from [`Route::kv_row`]
+    pub kv_row: Ints,
+    /// [q_rows, heads·head_dim], rotated in place
+    pub q: Mat,
+    /// [kv_rows, kv_heads·head_dim]
+    pub k: Mat,
+    pub v: Mat,
+    /// [1, head_dim]: RMSNorm of every query and key head (Qwen3)
+    pub q_norm: Option<Weight>,
+    pub k_norm: Option<Weight>,
+    pub eps: f32,
+}
+
+impl RopeAppend {
+    pub fn check(&self) -> Result<()> {
+        let d = self.head_dim;
+        ensure!(d > 0 && d.is_multiple_of(2), Shape, "rope_append: head_dim {d} is odd");
+        ensure!(self.angles.cols == d, Shape, "rope_append: angles of {}, head_dim {d}", self.angles.cols);
+        for norm in [self.q_norm, self.k_norm].into_iter().flatten() {
+            ensure!(norm.cols == d, Shape, "rope_append: norm of {}, head_dim {d}", norm.cols);
+        }
+        ensure!(self.q.cols.is_multiple_of(d) && self.k.cols.is_multiple_of(d), Shape, "rope_append: not whole heads");
+        ensure!(self.k.cols == self.v.cols, Shape, "rope_append: K of {}, V of {}", self.k.cols, self.v.cols);
+        check_len("rope_append", "K/V rows", self.kv_row, self.kv_rows.bound)?;
+        check_rows("rope_append", "q", self.q, self.q_rows.bound)?;
+        check_rows("rope_append", "k", self.k, self.kv_rows.bound)?;
+        check_rows("rope_append", "v", self.v, self.kv_rows.bound)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let (q, kv) = ((work.rows * self.q.cols) as u64, (work.kv_rows * self.k.cols) as u64);
+        let size = self.q.dtype.size() as u64;
+        Cost { flops: 3 * (q + kv), bytes: 2 * size * q + 4 * size * kv }
+    }
+}
+
+/// See [`Ops::attend`]: `out[i] = softmax(scale · q[i]·Kᵀ)·V` over the K/V rows [first[i], end[i]) of the row's sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct Attend {
+    pub layer: usize,
+    pub head_dim: usize,
+    pub scale: f32,
+    pub rows: RowSet,
+    /// [*], KV slot of each row of the residual stream
+    pub row_slot: Ints,
+    /// [rows], from [`Route`]
+    pub first: Ints,
+    pub end: Ints,
+    /// [rows, heads·head_dim]
+    pub q: Mat,
+    /// [rows, heads·head_dim]
+    pub out: Mat,
+    /// Heads that share their K/V among q.cols / head_dim / kv_heads query heads.
+    pub kv_heads: usize,
+}
+
+impl Attend {
+    pub fn check(&self) -> Result<()> {
+        let heads = self.q.cols / self.head_dim.max(1);
+        ensure!(
+            heads * self.head_dim == self.q.cols && self.kv_heads > 0 && heads.is_multiple_of(self.kv_heads),
+            Shape,
+            "attend: {} columns are not query heads of {} for {} K/V heads",
+            self.q.cols,
+            self.head_dim,
+            self.kv_heads
+        );
+        check_len("attend", "first", self.first, self.rows.bound)?;
+        check_len("attend", "end", self.end, self.rows.bound)?;
+        check_rows("attend", "q", self.q, self.rows.bound)?;
+        check_out("attend", self.out, self.rows.bound, self.q.cols)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let size = self.q.dtype.size() as u64;
+        let kv = (self.kv_heads * self.head_dim) as u64;
+        Cost {
+            flops: 4 * work.pairs * self.q.cols as u64,
+            bytes: size * (2 * (work.rows * self.q.cols) as u64 + 2 * work.kv_rows as u64 * kv),
+        }
+    }
+}
+
+/// See [`Ops::project_add`].
+#[derive(Debug, Clone, Copy)]
+pub struct ProjectAdd {
+    /// [rows, in]
+    pub src: Mat,
+    /// [hidden, in]
+    pub weight: Weight,
+    pub bias: Option<Weight>,
+    pub rows: RowSet,
+    /// [*, hidden], f32: the residual stream
+    pub x: Mat,
+}
+
+impl ProjectAdd {
+    pub fn check(&self) -> Result<()> {
+        check_linear("project_add", self.weight, self.src, self.bias, self.rows.bound)?;
+        check_len("project_add", "row index", self.rows.index, self.rows.bound)?;
+        check_out("project_add", self.x, self.rows.bound, self.weight.rows)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        // The residual is read and written.
+        linear(self.weight, work.rows, self.src.dtype, self.x.dtype)
+            + Cost { flops: 0, bytes: (work.rows * self.x.cols * 4) as u64 }
+    }
+}
+
+/// See [`Ops::swiglu`].
+#[derive(Debug, Clone, Copy)]
+pub struct SwiGlu {
+    /// [rows, hidden]
+    pub h: Mat,
+    /// How many rows; the index is not read.
+    pub rows: RowSet,
+    /// [intermediate, hidden]
+    pub gate: Weight,
+    pub up: Weight,
+    pub gate_bias: Option<Weight>,
+    pub up_bias: Option<Weight>,
+    /// [rows, intermediate]
+    pub out: Mat,
+}
+
+impl SwiGlu {
+    pub fn check(&self) -> Result<()> {
+        check_linear("swiglu", self.gate, self.h, self.gate_bias, self.rows.bound)?;
+        check_linear("swiglu", self.up, self.h, self.up_bias, self.rows.bound)?;
+        ensure!(self.gate.rows == self.up.rows, Shape, "swiglu: gate of {}, up of {}", self.gate.rows, self.up.rows);
+        check_out("swiglu", self.out, self.rows.bound, self.gate.rows)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let up = linear(self.up, work.rows, self.h.dtype, self.out.dtype);
+        let Cost { flops, bytes } = linear(self.gate, work.rows, self.h.dtype, self.out.dtype);
+        // The input is read and the output written once for both.
+        let once = (work.rows * (self.h.cols * self.h.dtype.size() + self.out.cols * self.out.dtype.size())) as u64;
+        up + Cost { flops: flops + 4 * (work.rows * self.out.cols) as u64, bytes: bytes - once }
+    }
+}
+
+/// See [`Ops::logits`].
+#[derive(Debug, Clone, Copy)]
+pub struct Logits {
+    /// [rows, hidden]
+    pub h: Mat,
+    /// [vocab, hidden]
+    pub weight: Weight,
+    /// [rows, vocab], f32
+    pub out: Mat,
+}
+
+impl Logits {
+    pub fn check(&self) -> Result<()> {
+        check_linear("logits", self.weight, self.h, None, self.out.rows)?;
+        check_out("logits", self.out, self.out.rows, self.weight.rows)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        linear(self.weight, work.rows, self.h.dtype, self.out.dtype)
+    }
+}
+
+/// See [`Ops::logprobs`].
+#[derive(Debug, Clone, Copy)]
+pub struct LogProbs {
+    /// [rows, vocab], f32
+    pub logits: Mat,
+    /// [rows], each below vocab
+    pub targets: Ints,
+    /// [rows, 1], f32, natural logarithms
+    pub out: Mat,
+}
+
+impl LogProbs {
+    pub fn check(&self) -> Result<()> {
+        check_rows("logprobs", "logits", self.logits, self.targets.len)?;
+        check_out("logprobs", self.out, self.targets.len, 1)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let values = (work.rows * self.logits.cols) as u64;
+        Cost { flops: 2 * values, bytes: 4 * values }
+    }
+}
