@@ -1,0 +1,322 @@
+//! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
+
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, DeviceInfo, KvLayout, Meter};
+use crate::config::Config;
+use crate::error::{Error, Kind, Result, ensure};
+use crate::kv::Slot;
+use crate::memory::{Limits, MemoryPlan};
+use crate::model::{Gates, Model, Routing};
+use crate::router::Level;
+use crate::step::{Activity, Phase, State};
+use crate::weights::Weights;
+
+/// Rows that pass a layer together in prefill. The activations of 256 rows of a 135M model stay in the caches.
+pub const DEFAULT_CHUNK: usize = 256;
+
+/// Where an engine runs and how large it may become.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// CPU threads; None: one for every core this process may use.
+    pub threads: Option<usize>,
+    /// Tokens of a sequence, prompt and answer together; None: what the model was made for, at most 4096.
+    pub context: Option<usize>,
+    /// Sequences open at a time.
+    pub batch: usize,
+    /// Tokens of one prefill call, all prompts together; None: `context`.
+    pub rows: Option<usize>,
+    /// Rows that go through a layer at a time in prefill.
+    pub chunk: usize,
+    /// Bytes for everything together; None: what the device has free.
+    pub memory: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options { threads: None, context: None, batch: 1, rows: None, chunk: DEFAULT_CHUNK, memory: None }
+    }
+}
+
+impl Options {
+    fn limits(&self, config: &Config) -> Limits {
+        let context = self.context.unwrap_or(config.context.min(4096));
+        Limits {
+            context,
+            batch: self.batch,
+            rows: self.rows.unwrap_or(context).max(self.batch),
+            chunk: self.chunk,
+            memory: self.memory,
+        }
+    }
+}
+
+/// An open sequence of an [`Engine`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Seq(Slot);
+
+/// How one routed layer treated the last prompt.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerTrace {
+    pub layer: usize,
+    /// One entry for each token, or a single one where the sequence was decided as a whole.
+    pub active: Vec<bool>,
+    /// The sigmoid scores behind `active`.
+    pub scores: Vec<f32>,
+}
+
+/// What the open sequences hold in the KV cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KvUsage {
+    /// K/V rows held, over all layers.
+    pub rows: usize,
+    /// K/V rows the dense model would hold for the same tokens.
+    pub dense_rows: usize,
+    /// Pages held, of [`KvLayout::pages`].
+    pub pages: usize,
+    /// Bytes of the pages held.
+    pub bytes: u64,
+    /// Bytes of the pages the dense model would hold.
+    pub dense_bytes: u64,
+}
+
+/// A model ready to run.
+pub struct Engine {
+    model: Model,
+    state: State,
+    backend: Box<dyn Backend>,
+    /// Kept to name a NaN weight when logits turn out not to be finite.
+    weights: Weights,
+    /// [slots]: tokens processed so far.
+    positions: Vec<usize>,
+    /// [slots]
+    open: Vec<bool>,
+    /// [sequences, vocab] of the last step.
+    logits: Vec<f32>,
+}
+
+impl Engine {
+    /// Plans the memory, loads the weights and allocates. Errors: Memory with the sizes when it does not fit; what
+    /// [`Weights::tensor`] refuses.
+    pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
+        let mut backend: Box<dyn Backend> = Box::new(CpuBackend::new(options.threads)?);
+        if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
+            set.check(&config, Some(&weights.fingerprint()))?;
+        }
+        let routed = routing.as_ref().map_or(0, |r| r.layers.len());
+        let plan =
+            MemoryPlan::new(&config, routed, weights.bytes(), options.limits(&config), backend.info())?;
+        let model = Model::load(config, &weights, routing, backend.as_mut())?;
+        backend.reserve(plan.arena as usize, plan.ints as usize / 4, &plan.kv)?;
+        let slots = plan.kv.slots;
+        let state = State::new(plan);
+        Ok(Engine { model, state, backend, weights, positions: vec![0; slots], open: vec![false; slots], logits: Vec::new() })
+    }
+
+    /// Opens a sequence. Errors: Memory when `batch` sequences are open.
+    pub fn open(&mut self) -> Result<Seq> {
+        let slot = self.state.open(self.backend.as_mut())?;
+        self.positions[slot.index()] = 0;
+        self.open[slot.index()] = true;
+        Ok(Seq(slot))
+    }
+
+    /// Ends a sequence and gives its pages back.
+    pub fn close(&mut self, seq: Seq) -> Result<()> {
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        self.state.kv.close(seq.0);
+        self.open[seq.0.index()] = false;
+        Ok(())
+    }
+
+    /// Reads prompts, or more of them: `tokens` follow what the sequence holds. Returns the logits behind the last token of
+    /// each, [sequences, vocab] row-major.
+    ///
+    /// Errors: Argument for an empty prompt, an id beyond the vocabulary, a closed or repeated sequence, more tokens than
+    /// the context or [`Options::rows`]; Memory when the KV cache is full; Numeric for NaN or infinite logits. The sequences
+    /// are as before then.
+    pub fn prefill(&mut self, prompts: &[(Seq, &[u32])]) -> Result<&[f32]> {
+        self.step(Phase::Prefill, prompts)
+    }
+
+    /// Appends one token to each sequence and returns the logits behind it, [sequences, vocab]. Errors as in `prefill`.
+    pub fn decode(&mut self, tokens: &[(Seq, u32)]) -> Result<&[f32]> {
+        let steps: Vec<(Seq, &[u32])> = tokens.iter().map(|(seq, id)| (*seq, std::slice::from_ref(id))).collect();
+        self.step(Phase::Decode, &steps)
+    }
+
+    fn step(&mut self, phase: Phase, seqs: &[(Seq, &[u32])]) -> Result<&[f32]> {
+        self.check(seqs)?;
+        let steps: Vec<_> = seqs.iter().map(|&(Seq(slot), ids)| (slot, self.positions[slot.index()], ids)).collect();
+        self.state.run(self.backend.as_mut(), &self.model, phase, &steps)?;
+        for &(Seq(slot), ids) in seqs {
+            self.positions[slot.index()] += ids.len();
+        }
+        let vocab = self.model.config.vocab;
+        self.logits.resize(seqs.len() * vocab, 0.0);
+        self.backend.read_floats(self.state.plan.buffers.logits.rows(0..seqs.len()), &mut self.logits)?;
+        self.check_finite()?;
+        Ok(&self.logits)
+    }
+
+    fn check(&self, seqs: &[(Seq, &[u32])]) -> Result<()> {
+        let limits = &self.state.plan.limits;
+        let rows: usize = seqs.iter().map(|(_, ids)| ids.len()).sum();
+        ensure!(!seqs.is_empty(), Argument, "a step without sequences");
+        if rows > limits.rows {
+            return Err(Error::new(Kind::Argument, format!("{rows} tokens at once, {} were planned for", limits.rows))
+                .action("raise --context, or give fewer or shorter prompts"));
+        }
+        for (i, &(Seq(slot), ids)) in seqs.iter().enumerate() {
+            ensure!(self.open[slot.index()], Argument, "a sequence that was closed");
+            ensure!(seqs[..i].iter().all(|(Seq(other), _)| *other != slot), Argument, "a sequence stands twice in a step");
+            if ids.is_empty() {
+                return Err(Error::new(Kind::Argument, "the prompt is empty").action("give at least one token of text"));
+            }
+            let end = self.positions[slot.index()] + ids.len();
+            if end > limits.context {
+                return Err(Error::new(
+                    Kind::Argument,
+                    format!("{end} tokens are longer than the context of {}", limits.context),
+                )
+                .action("shorten the prompt, or raise --context where the model allows it"));
+            }
+            let vocab = self.model.config.vocab;
+            if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+                return Err(Error::new(Kind::Argument, format!("token id {id} is beyond the vocabulary of {vocab}"))
+                    .action(format!("use ids from 0 to {}", vocab - 1)));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_finite(&self) -> Result<()> {
+        if self.logits.iter().all(|x| x.is_finite()) {
+            return Ok(());
+        }
+        Err(match self.weights.find_non_finite() {
+            Some((tensor, path)) => Error::new(Kind::Numeric, format!("tensor {tensor} holds a NaN or an infinity"))
+                .at(path)
+                .action("get the model again; its file is damaged"),
+            None => Error::new(Kind::Numeric, "the logits are not finite, although all weights are")
+                .action("the activations overflow: check the model's dtype and config.json"),
+        })
+    }
+
+    /// After [`prefill`](Self::prefill) of one sequence: the natural log-probability of `targets[i]` behind its i-th
+    /// token, for as many tokens as targets are given.
+    pub fn logprobs(&mut self, targets: &[u32]) -> Result<Vec<f32>> {
+        ensure!(
+            self.state.phase() == Phase::Prefill && targets.len() <= self.state.rows(),
+            Argument,
+            "{} targets for {} tokens of the last prefill",
+            targets.len(),
+            self.state.rows()
+        );
+        let vocab = self.model.config.vocab;
+        ensure!(targets.iter().all(|&t| (t as usize) < vocab), Argument, "a target beyond the vocabulary of {vocab}");
+        let (be, state, model) = (self.backend.as_mut(), &self.state, &self.model);
+        let mut out = vec![0.0; targets.len()];
+        be.step(None, &mut |be| model.logprobs(be, state, targets, &mut out))?;
+        if out.iter().any(|x| x.is_nan()) {
+            self.logits.fill(f32::NAN);
+            self.check_finite()?;
+        }
+        Ok(out)
+    }
+
+    /// How the routed layers treated the last prefill, which was of a single sequence.
+    pub fn trace(&mut self) -> Result<Vec<LayerTrace>> {
+        ensure!(
+            self.state.phase() == Phase::Prefill && self.state.sequences() == 1,
+            Argument,
+            "a trace is of the prefill of one sequence"
+        );
+        let Some(routing) = &self.model.routing else { return Ok(Vec::new()) };
+        let rows = self.state.rows();
+        let mut traces = Vec::with_capacity(routing.layers.len());
+        for (nth, &layer) in routing.layers.iter().enumerate() {
+            let mut logits = vec![0.0; rows];
+            self.backend.read_floats(self.state.gate(nth), &mut logits)?;
+            let count = self.state.active_rows(layer);
+            let mut list = vec![0; count];
+            self.backend.read_ints(self.state.active_list(nth).slice(0..count), &mut list)?;
+            traces.push(match routing.settings.granularity.level {
+                Level::Token => {
+                    let mut active = vec![false; rows];
+                    list.iter().for_each(|&row| active[row as usize] = true);
+                    LayerTrace { layer, active, scores: logits.into_iter().map(sigmoid).collect() }
+                }
+                Level::Sequence => {
+                    let mean = logits.iter().map(|&x| f64::from(x)).sum::<f64>() / rows as f64;
+                    LayerTrace { layer, active: vec![count > 0], scores: vec![sigmoid(mean as f32)] }
+                }
+            });
+        }
+        Ok(traces)
+    }
+
+    /// How much of the depth was used so far.
+    pub fn activity(&mut self) -> Result<&Activity> {
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        Ok(&self.state.activity)
+    }
+
+    /// Starts [`activity`](Self::activity) and the [`meter`](Self::meter) anew.
+    pub fn clear_counts(&mut self) -> Result<()> {
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        self.state.activity.clear();
+        *self.backend.meter() = Meter::default();
+        Ok(())
+    }
+
+    /// K/V held by the open sequences, and what the dense model would hold.
+    pub fn kv_usage(&mut self) -> Result<KvUsage> {
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        let layout = self.kv_layout();
+        let mut usage = KvUsage { pages: self.state.kv.pages_in_use(), ..KvUsage::default() };
+        let mut dense_pages = 0;
+        for slot in (0..layout.slots).filter(|&s| self.open[s]) {
+            let tokens = self.positions[slot];
+            usage.dense_rows += layout.layers * tokens;
+            dense_pages += layout.layers * tokens.div_ceil(crate::backend::PAGE);
+            usage.rows += (0..layout.layers).map(|l| self.state.kv.len(l, Slot(slot as u32))).sum::<usize>();
+        }
+        usage.bytes = usage.pages as u64 * layout.page_bytes() as u64;
+        usage.dense_bytes = dense_pages as u64 * layout.page_bytes() as u64;
+        Ok(usage)
+    }
+
+    /// FLOPs, bytes and calls by op since the engine was built or [`clear_counts`](Self::clear_counts).
+    pub fn meter(&mut self) -> &Meter {
+        self.backend.meter()
+    }
+
+    /// Tokens that a sequence holds.
+    pub fn position(&self, seq: Seq) -> usize {
+        self.positions[seq.0.index()]
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.model.config
+    }
+
+    pub fn routing(&self) -> Option<&Routing> {
+        self.model.routing.as_ref()
+    }
+
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.state.plan
+    }
+
+    pub fn device(&self) -> &DeviceInfo {
+        self.backend.info()
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        self.state.plan.kv
+    }
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}

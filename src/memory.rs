@@ -1,0 +1,296 @@
+//! The memory planner: what a model, a batch and a context need, computed and checked before anything is allocated.
+
+use std::fmt;
+
+use crate::backend::{ALIGN, DeviceInfo, Ints, KvLayout, Mat, PAGE};
+use crate::config::Config;
+use crate::error::{Error, Kind, Result, ensure};
+use crate::tensor::DType;
+
+/// How large a run may become; the knobs of the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Tokens of one sequence, prompt and answer together.
+    pub context: usize,
+    /// Sequences open at a time.
+    pub batch: usize,
+    /// Rows of one prefill step: the prompts of a batch together.
+    pub rows: usize,
+    /// Rows that go through a layer at a time in prefill.
+    pub chunk: usize,
+    /// Bytes that everything together may take; None: what the device has free.
+    pub memory: Option<u64>,
+}
+
+/// The activation buffers of a step, with R = `Limits::rows`, C = rows of a chunk, S = `Limits::batch`, L = layers, Lr =
+/// routed layers, cuts = sequence and chunk borders of a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffers {
+    /// [R, hidden], f32: the residual stream
+    pub x: Mat,
+    /// [R, head_dim], f32: cosines and sines of each row's position
+    pub angles: Mat,
+    /// [Lr·R, 1], f32: router logits, kept by layer so that a trace can read them after the step
+    pub gate: Mat,
+    /// [C, hidden]: normalised rows
+    pub h: Mat,
+    /// [C, heads·head_dim]
+    pub q: Mat,
+    /// [C, kv_heads·head_dim]
+    pub k: Mat,
+    pub v: Mat,
+    /// [C, heads·head_dim]
+    pub attn: Mat,
+    /// [C, intermediate]; lies over q, k, v, attn, which are dead by then
+    pub act: Mat,
+    /// [max(S, HEAD_ROWS), vocab], f32
+    pub logits: Mat,
+    /// [logits rows, 1], f32
+    pub logprobs: Mat,
+    /// [R]
+    pub ids: Ints,
+    pub pos: Ints,
+    pub row_slot: Ints,
+    /// [R]: 0, 1, 2, …
+    pub all: Ints,
+    /// [S + 1]
+    pub seq_start: Ints,
+    /// [S]
+    pub slots: Ints,
+    /// [cuts]
+    pub cuts: Ints,
+    /// [L·S]: sequence-level decisions
+    pub decided: Ints,
+    /// [L·cuts]: active rows below each cut
+    pub active_at: Ints,
+    /// [(Lr + 1)·R]: active rows by routed layer; the last is for dense layers
+    pub active: Ints,
+    /// [R]
+    pub first: Ints,
+    pub end: Ints,
+    pub kv_row: Ints,
+    /// [logits rows]: the rows whose logits are wanted, and the tokens to score them for
+    pub head_rows: Ints,
+    pub targets: Ints,
+}
+
+/// Logits computed at a time when every position of a prompt is scored: enough rows to read the head's weight once for many.
+const HEAD_ROWS: usize = 64;
+
+/// What a run takes, in bytes, and where its buffers stand.
+#[derive(Debug, Clone)]
+pub struct MemoryPlan {
+    pub limits: Limits,
+    /// Weights in their stored dtype; on the CPU these are pages of the mapped file.
+    pub weights: u64,
+    /// The activation and integer arenas.
+    pub arena: u64,
+    pub ints: u64,
+    pub kv: KvLayout,
+    pub buffers: Buffers,
+}
+
+impl MemoryPlan {
+    /// Sizes and places everything. Errors: Argument for limits that make no sense; Memory when it does not fit, with the
+    /// sizes and the knobs.
+    pub fn new(config: &Config, routed: usize, weights: u64, limits: Limits, device: &DeviceInfo) -> Result<Self> {
+        let Limits { context, batch, rows, chunk, memory } = limits;
+        for (name, value) in [("context", context), ("batch", batch), ("rows", rows), ("chunk", chunk)] {
+            ensure!(value > 0 && value < 1 << 31, Argument, "{name} is {value}, it must be from 1 to 2^31 - 1");
+        }
+        ensure!(
+            context <= config.context,
+            Argument,
+            "a context of {context} tokens is longer than the model's {}",
+            config.context
+        );
+        let pages_per_seq = context.div_ceil(PAGE);
+        let pages = config.layers.checked_mul(batch).and_then(|n| n.checked_mul(pages_per_seq));
+        let kv = KvLayout {
+            layers: config.layers,
+            slots: batch,
+            // Page numbers are u32, and the books of an absurd pool would not fit either.
+            pages: pages.filter(|&n| n < 1 << 31).ok_or_else(too_large)?,
+            pages_per_seq,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            dtype: device.kv,
+        };
+        let mut place = Placer::default();
+        let buffers = Buffers::place(config, routed, limits, device.activations, &mut place).ok_or_else(too_large)?;
+        let plan = MemoryPlan {
+            limits,
+            weights,
+            arena: place.bytes as u64,
+            ints: (place.ints * 4) as u64,
+            kv,
+            buffers,
+        };
+        let available = memory.or(device.free_memory).unwrap_or(u64::MAX);
+        if plan.total() > available {
+            return Err(Error::new(
+                Kind::Memory,
+                format!(
+                    "{} are needed, {} may be used: {} weights, {} activations, {} K/V for {batch} x {context} tokens",
+                    Size(plan.total()),
+                    Size(available),
+                    Size(plan.weights),
+                    Size(plan.arena + plan.ints),
+                    Size(plan.kv_bytes()),
+                ),
+            )
+            .action("raise --memory, or lower --context, --max-tokens, --chunk or the number of prompts"));
+        }
+        Ok(plan)
+    }
+
+    /// Bytes of the KV pool at capacity 1.
+    pub fn kv_bytes(&self) -> u64 {
+        self.kv.pages as u64 * self.kv.page_bytes() as u64
+    }
+
+    pub fn total(&self) -> u64 {
+        self.weights.saturating_add(self.arena).saturating_add(self.ints).saturating_add(self.kv_bytes())
+    }
+}
+
+fn too_large() -> Error {
+    Error::new(Kind::Memory, "the buffers of this run are too large to address")
+        .action("lower --context, --chunk or the number of prompts")
+}
+
+/// Hands out places in the arenas, one after the other.
+#[derive(Default)]
+struct Placer {
+    bytes: usize,
+    ints: usize,
+}
+
+impl Placer {
+    fn mat(&mut self, rows: usize, cols: usize, dtype: DType) -> Option<Mat> {
+        let offset = self.bytes;
+        let bytes = rows.checked_mul(cols)?.checked_mul(dtype.size())?.checked_next_multiple_of(ALIGN)?;
+        self.bytes = offset.checked_add(bytes)?;
+        Some(Mat { offset, rows, cols, dtype })
+    }
+
+    fn ints(&mut self, len: usize) -> Option<Ints> {
+        let offset = self.ints;
+        self.ints = offset.checked_add(len.checked_next_multiple_of(ALIGN / 4)?)?;
+        Some(Ints { offset, len })
+    }
+}
+
+impl Buffers {
+    /// Sizes and places the buffers; None when a size overflows.
+    fn place(c: &Config, routed: usize, limits: Limits, dtype: DType, at: &mut Placer) -> Option<Self> {
+        let Limits { rows, batch, .. } = limits;
+        let chunk = limits.chunk.min(rows).max(batch);
+        let head_rows = batch.max(HEAD_ROWS.min(rows));
+        let chunk = chunk.max(head_rows);
+        let cuts = rows.div_ceil(limits.chunk).checked_add(batch)?;
+        let (q_dim, kv_dim) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+
+        let x = at.mat(rows, c.hidden, DType::F32)?;
+        let angles = at.mat(rows, c.head_dim, DType::F32)?;
+        let gate = at.mat(routed.checked_mul(rows)?, 1, DType::F32)?;
+        let h = at.mat(chunk, c.hidden, dtype)?;
+        let attention = at.bytes;
+        let (q, k) = (at.mat(chunk, q_dim, dtype)?, at.mat(chunk, kv_dim, dtype)?);
+        let (v, attn) = (at.mat(chunk, kv_dim, dtype)?, at.mat(chunk, q_dim, dtype)?);
+        let end = std::mem::replace(&mut at.bytes, attention);
+        let act = at.mat(chunk, c.intermediate, dtype)?;
+        at.bytes = at.bytes.max(end);
+        let logits = at.mat(head_rows, c.vocab, DType::F32)?;
+        let logprobs = at.mat(head_rows, 1, DType::F32)?;
+        Some(Buffers {
+            x,
+            angles,
+            gate,
+            h,
+            q,
+            k,
+            v,
+            attn,
+            act,
+            logits,
+            logprobs,
+            ids: at.ints(rows)?,
+            pos: at.ints(rows)?,
+            row_slot: at.ints(rows)?,
+            all: at.ints(rows)?,
+            seq_start: at.ints(batch + 1)?,
+            slots: at.ints(batch)?,
+            cuts: at.ints(cuts)?,
+            decided: at.ints(c.layers.checked_mul(batch)?)?,
+            active_at: at.ints(c.layers.checked_mul(cuts)?)?,
+            active: at.ints((routed + 1).checked_mul(rows)?)?,
+            first: at.ints(rows)?,
+            end: at.ints(rows)?,
+            kv_row: at.ints(rows)?,
+            head_rows: at.ints(head_rows)?,
+            targets: at.ints(head_rows)?,
+        })
+    }
+}
+
+/// A number of bytes, for people.
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+        let mut value = self.0 as f64 / 1024.0;
+        let mut unit = 0;
+        while value >= 999.5 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        match self.0 {
+            0..1024 => write!(f, "{} B", self.0),
+            _ if value < 9.95 => write!(f, "{value:.1} {}", UNITS[unit]),
+            _ => write!(f, "{value:.0} {}", UNITS[unit]),
+        }
+    }
+}
+
+/// Parses "8GiB", "500M", "2g" or a plain number of bytes; K, M, G, T are powers of 1024.
+pub fn parse_size(text: &str) -> Result<u64> {
+    let bad = || {
+        Error::new(Kind::Argument, format!("\"{text}\" is not a size")).action("write bytes, or a number with K, M, G or T: 8G")
+    };
+    let text = text.trim();
+    let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let value: f64 = text[..split].trim().parse().map_err(|_| bad())?;
+    let unit = text[split..].to_ascii_lowercase();
+    let shift = match unit.trim_end_matches("ib").trim_end_matches('b') {
+        "" => 0,
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        "t" => 40,
+        _ => return Err(bad()),
+    };
+    if !(value >= 0.0 && value < 1e9) && !(shift == 0 && (0.0..1.8e19).contains(&value)) {
+        return Err(bad());
+    }
+    Ok((value * (1u64 << shift) as f64) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_and_print() {
+        assert_eq!(parse_size("8GiB").unwrap(), 8 << 30);
+        assert_eq!(parse_size("1.5k").unwrap(), 1536);
+        assert_eq!(parse_size("123456789012").unwrap(), 123456789012);
+        for bad in ["", "x", "1Q", "-1", "nan", "inf", "1e30G"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(Size(100).to_string(), "100 B");
+        assert_eq!(Size(1536).to_string(), "1.5 KiB");
+        assert_eq!(Size(270 << 20).to_string(), "270 MiB");
+    }
+}

@@ -1,0 +1,419 @@
+//! The state of a run and the inputs of one step: which rows there are, how they are cut into chunks, what was active.
+//!
+//! In prefill the host reads the number of active rows once per routed layer, because it sizes the GEMMs and takes the K/V
+//! pages. In decode it reads nothing: pages for one more row are taken beforehand, and the counts of a step are learned at
+//! the beginning of the next ([`State::settle`]).
+
+use std::ops::Range;
+
+use crate::backend::{Backend, Ints, Mat, RowSet, StepKey, Take, UNDECIDED};
+use crate::error::Result;
+use crate::kv::{KvCache, Slot};
+use crate::memory::MemoryPlan;
+use crate::model::{Gates, Model, Routing};
+use crate::router::Level;
+
+/// Whether a step reads prompts or makes one token for each sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Phase {
+    Prefill,
+    Decode,
+}
+
+/// Rows [start, end) of a step that pass a layer together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Chunk {
+    pub start: usize,
+    pub end: usize,
+}
+
+/// A sequence's part of a step.
+#[derive(Debug, Clone, Copy)]
+struct SeqRows {
+    slot: Slot,
+    /// Its rows of the step.
+    start: usize,
+    end: usize,
+}
+
+/// How much of the depth was used, since the engine was built or [`Activity::clear`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Activity {
+    /// Tokens that were processed.
+    pub tokens: u64,
+    /// By layer: the tokens that were active; all of them in a dense layer.
+    pub active: Vec<u64>,
+}
+
+impl Activity {
+    pub fn clear(&mut self) {
+        self.tokens = 0;
+        self.active.fill(0);
+    }
+
+    /// The share of a layer's tokens that were active; 1 when there were none.
+    pub fn capacity(&self, layer: usize) -> f64 {
+        if self.tokens == 0 { 1.0 } else { self.active[layer] as f64 / self.tokens as f64 }
+    }
+
+    /// The share of (token, layer) pairs of the given layers that were active.
+    pub fn mean_capacity(&self, layers: &[usize]) -> f64 {
+        if layers.is_empty() { 1.0 } else { layers.iter().map(|&l| self.capacity(l)).sum::<f64>() / layers.len() as f64 }
+    }
+}
+
+/// Everything that changes from step to step.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub plan: MemoryPlan,
+    pub kv: KvCache,
+    pub activity: Activity,
+    phase: Phase,
+    seqs: Vec<SeqRows>,
+    chunks: Vec<Chunk>,
+    /// Ends of sequences and chunks, ascending; the last is the number of rows.
+    cuts: Vec<u32>,
+    /// [layers · cuts]: active rows below each cut, as far as they are known.
+    counts: Vec<u32>,
+    /// [layers · slots]: sequence-level decisions: 0, 1 or `UNDECIDED`.
+    decisions: Vec<u32>,
+    /// [layers · sequences]: K/V rows before the step, to roll back to.
+    before: Vec<usize>,
+    /// A decode step has run whose counts are not known yet.
+    unsettled: bool,
+    scratch: Vec<u32>,
+    floats: Vec<f32>,
+}
+
+impl State {
+    pub fn new(plan: MemoryPlan) -> Self {
+        let (layers, batch) = (plan.kv.layers, plan.kv.slots);
+        State {
+            kv: KvCache::new(plan.kv),
+            activity: Activity { tokens: 0, active: vec![0; layers] },
+            phase: Phase::Prefill,
+            seqs: Vec::with_capacity(batch),
+            chunks: Vec::new(),
+            cuts: Vec::with_capacity(batch),
+            counts: Vec::with_capacity(layers * batch),
+            decisions: vec![UNDECIDED; layers * batch],
+            before: Vec::with_capacity(layers * batch),
+            unsettled: false,
+            scratch: Vec::with_capacity(layers * batch),
+            floats: Vec::new(),
+            plan,
+        }
+    }
+
+    /// Opens a sequence: empty, undecided everywhere.
+    pub fn open(&mut self, be: &mut dyn Backend) -> Result<Slot> {
+        let slot = self.kv.open()?;
+        for layer in 0..self.plan.kv.layers {
+            self.decisions[layer * self.plan.kv.slots + slot.index()] = UNDECIDED;
+            be.kv_len(layer, slot.index(), 0)?;
+        }
+        Ok(slot)
+    }
+
+    /// Runs one step for sequences of (slot, position of the first token, tokens), and the head of each one's last row.
+    /// On an error the K/V lengths are as before.
+    pub fn run(
+        &mut self,
+        be: &mut dyn Backend,
+        model: &Model,
+        phase: Phase,
+        seqs: &[(Slot, usize, &[u32])],
+    ) -> Result<()> {
+        self.settle(be, model)?;
+        self.begin(be, model, phase, seqs)?;
+        let key = (phase == Phase::Decode).then_some(StepKey { rows: self.rows() });
+        let result = be.step(key, &mut |be| {
+            model.forward(be, self)?;
+            model.head(be, self, self.sequences())
+        });
+        match result {
+            Ok(()) => self.unsettled = true,
+            Err(_) => self.roll_back(be)?,
+        }
+        result?;
+        if phase == Phase::Prefill {
+            self.settle(be, model)?;
+        }
+        Ok(())
+    }
+
+    fn begin(
+        &mut self,
+        be: &mut dyn Backend,
+        model: &Model,
+        phase: Phase,
+        seqs: &[(Slot, usize, &[u32])],
+    ) -> Result<()> {
+        self.phase = phase;
+        self.seqs.clear();
+        let mut rows = 0;
+        for &(slot, _, ids) in seqs {
+            self.seqs.push(SeqRows { slot, start: rows, end: rows + ids.len() });
+            rows += ids.len();
+        }
+        self.chunks.clear();
+        for start in (0..rows).step_by(self.plan.limits.chunk.max(self.plan.limits.batch)) {
+            let end = (start + self.plan.limits.chunk.max(self.plan.limits.batch)).min(rows);
+            self.chunks.push(Chunk { start, end });
+        }
+        self.cuts.clear();
+        self.cuts.extend(self.seqs.iter().map(|s| s.end as u32).chain(self.chunks.iter().map(|c| c.end as u32)));
+        self.cuts.sort_unstable();
+        self.cuts.dedup();
+        let layers = self.plan.kv.layers;
+        self.counts.clear();
+        self.counts.resize(layers * self.cuts.len(), 0);
+        self.before.clear();
+        for layer in 0..layers {
+            self.before.extend(self.seqs.iter().map(|s| self.kv.len(layer, s.slot)));
+        }
+        if phase == Phase::Decode {
+            self.reserve_one(be, model)?;
+        }
+        self.write_inputs(be, seqs)?;
+        if let Some(Routing { gates: Gates::Random { capacity, seed }, layers, settings }) = &model.routing {
+            self.draw(be, layers, settings.granularity.level, *capacity, *seed, seqs)?;
+        }
+        Ok(())
+    }
+
+    fn write_inputs(&mut self, be: &mut dyn Backend, seqs: &[(Slot, usize, &[u32])]) -> Result<()> {
+        let (b, rows) = (self.plan.buffers, self.rows());
+        let v = &mut self.scratch;
+        let mut write = |to: Ints, values: &mut dyn Iterator<Item = u32>| {
+            v.clear();
+            v.extend(values);
+            be.write_ints(to, v)
+        };
+        write(b.ids, &mut seqs.iter().flat_map(|(_, _, ids)| ids.iter().copied()))?;
+        write(b.pos, &mut seqs.iter().flat_map(|&(_, pos, ids)| (pos..pos + ids.len()).map(|p| p as u32)))?;
+        write(b.row_slot, &mut seqs.iter().flat_map(|&(slot, _, ids)| std::iter::repeat_n(slot.0, ids.len())))?;
+        write(b.all, &mut (0..rows as u32))?;
+        write(b.seq_start, &mut std::iter::once(0).chain(self.seqs.iter().map(|s| s.end as u32)))?;
+        write(b.slots, &mut self.seqs.iter().map(|s| s.slot.0))?;
+        write(b.cuts, &mut self.cuts.iter().copied())?;
+        write(b.head_rows, &mut self.seqs.iter().map(|s| s.end as u32 - 1))?;
+        let (slots, seqs) = (self.plan.kv.slots, &self.seqs);
+        let decisions = &self.decisions;
+        write(
+            b.decided,
+            &mut (0..self.plan.kv.layers).flat_map(|l| seqs.iter().map(move |s| decisions[l * slots + s.slot.index()])),
+        )
+    }
+
+    /// Draws logits far from zero: active with the probability `capacity`, by layer, position and token, so that a
+    /// sequence is treated alike alone and in a batch.
+    fn draw(
+        &mut self,
+        be: &mut dyn Backend,
+        layers: &[usize],
+        level: Level,
+        capacity: f32,
+        seed: u64,
+        seqs: &[(Slot, usize, &[u32])],
+    ) -> Result<()> {
+        const FAR: f32 = 40.0;
+        for (nth, &layer) in layers.iter().enumerate() {
+            let start = mix(seed ^ mix(layer as u64));
+            let logit = |hash: u64| if ((hash >> 40) as f32) < capacity * (1 << 24) as f32 { FAR } else { -FAR };
+            self.floats.clear();
+            for &(_, pos, ids) in seqs {
+                match level {
+                    Level::Token => self.floats.extend(
+                        ids.iter().enumerate().map(|(i, &id)| logit(mix(start ^ mix(((pos + i) as u64) << 32 | id as u64)))),
+                    ),
+                    Level::Sequence => {
+                        let hash = ids.iter().fold(start, |hash, &id| mix(hash ^ id as u64));
+                        self.floats.extend(std::iter::repeat_n(logit(hash), ids.len()));
+                    }
+                }
+            }
+            be.write_floats(self.gate(nth), &self.floats)?;
+        }
+        Ok(())
+    }
+
+    /// Room for one more K/V row wherever the next token may write one.
+    fn reserve_one(&mut self, be: &mut dyn Backend, model: &Model) -> Result<()> {
+        for layer in 0..self.plan.kv.layers {
+            for s in &self.seqs {
+                if self.decisions[layer * self.plan.kv.slots + s.slot.index()] == 0
+                    && model.routing.as_ref().is_some_and(|r| r.keys() == Take::Active)
+                {
+                    continue;
+                }
+                let rows = self.kv.len(layer, s.slot) + 1;
+                let (first, pages) = self.kv.reserve(layer, s.slot, rows)?;
+                if !pages.is_empty() {
+                    be.kv_pages(layer, s.slot.index(), first, pages)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// After [`Route`](crate::backend::Route) in prefill: learns the counts and decisions of a layer and takes the pages
+    /// that its kept rows need.
+    pub fn keep_rows(&mut self, be: &mut dyn Backend, layer: usize, keys: Take) -> Result<()> {
+        if self.phase == Phase::Decode {
+            return Ok(());
+        }
+        let cuts = self.cuts.len();
+        let active_at = self.active_at(layer);
+        be.read_ints(active_at, &mut self.counts[layer * cuts..(layer + 1) * cuts])?;
+        for i in 0..self.seqs.len() {
+            let SeqRows { slot, start, end } = self.seqs[i];
+            let rows = self.kv.len(layer, slot) + self.taken(layer, start, end, keys);
+            let (first, pages) = self.kv.reserve(layer, slot, rows)?;
+            if !pages.is_empty() {
+                be.kv_pages(layer, slot.index(), first, pages)?;
+            }
+            self.kv.set_len(layer, slot, rows);
+        }
+        Ok(())
+    }
+
+    /// Learns what the last step did: decisions, K/V lengths after decode, activity.
+    pub fn settle(&mut self, be: &mut dyn Backend, model: &Model) -> Result<()> {
+        if !std::mem::take(&mut self.unsettled) {
+            return Ok(());
+        }
+        let (layers, cuts, seqs) = (self.plan.kv.layers, self.cuts.len(), self.seqs.len());
+        if self.phase == Phase::Decode {
+            be.read_ints(self.plan.buffers.active_at.slice(0..layers * cuts), &mut self.counts)?;
+            for layer in 0..layers {
+                let keys = model.keys_of(layer);
+                for i in 0..seqs {
+                    let SeqRows { slot, start, end } = self.seqs[i];
+                    let rows = self.kv.len(layer, slot) + self.taken(layer, start, end, keys);
+                    self.kv.set_len(layer, slot, rows);
+                }
+            }
+        } else if model.routing.as_ref().is_some_and(|r| r.settings.granularity.level == Level::Sequence) {
+            self.scratch.resize(layers * seqs, 0);
+            be.read_ints(self.plan.buffers.decided.slice(0..layers * seqs), &mut self.scratch)?;
+            for layer in 0..layers {
+                for (i, s) in self.seqs.iter().enumerate() {
+                    self.decisions[layer * self.plan.kv.slots + s.slot.index()] = self.scratch[layer * seqs + i];
+                }
+            }
+        }
+        self.activity.tokens += self.rows() as u64;
+        for layer in 0..layers {
+            self.activity.active[layer] += u64::from(self.counts[(layer + 1) * cuts - 1]);
+        }
+        Ok(())
+    }
+
+    fn roll_back(&mut self, be: &mut dyn Backend) -> Result<()> {
+        for layer in 0..self.plan.kv.layers {
+            for (i, s) in self.seqs.iter().enumerate() {
+                let rows = self.before[layer * self.seqs.len() + i];
+                self.kv.truncate(layer, s.slot, rows);
+                be.kv_len(layer, s.slot.index(), rows)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Active rows below a border of the step.
+    fn active_below(&self, layer: usize, row: usize) -> usize {
+        if row == 0 {
+            return 0;
+        }
+        let cut = self.cuts.binary_search(&(row as u32)).expect("a border of a sequence or a chunk");
+        self.counts[layer * self.cuts.len() + cut] as usize
+    }
+
+    /// How many of the rows [start, end) a part of the layer takes; both are borders.
+    fn taken(&self, layer: usize, start: usize, end: usize, take: Take) -> usize {
+        match take {
+            Take::All => end - start,
+            Take::Active => self.active_below(layer, end) - self.active_below(layer, start),
+        }
+    }
+
+    /// Active rows of the whole step, once they are known.
+    pub fn active_rows(&self, layer: usize) -> usize {
+        self.active_below(layer, self.rows())
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    pub fn rows(&self) -> usize {
+        self.seqs.last().map_or(0, |s| s.end)
+    }
+
+    pub fn sequences(&self) -> usize {
+        self.seqs.len()
+    }
+
+    pub fn chunks(&self) -> &[Chunk] {
+        &self.chunks
+    }
+
+    pub fn cuts(&self) -> Ints {
+        self.plan.buffers.cuts.slice(0..self.cuts.len())
+    }
+
+    /// The logits of the nth routed layer, by row.
+    pub fn gate(&self, nth: usize) -> Mat {
+        let start = nth * self.plan.limits.rows;
+        self.plan.buffers.gate.rows(start..start + self.rows())
+    }
+
+    pub fn active_list(&self, nth: usize) -> Ints {
+        let start = nth * self.plan.limits.rows;
+        self.plan.buffers.active.slice(start..start + self.rows())
+    }
+
+    pub fn active_at(&self, layer: usize) -> Ints {
+        let cuts = self.cuts.len();
+        self.plan.buffers.active_at.slice(layer * cuts..(layer + 1) * cuts)
+    }
+
+    pub fn decided(&self, layer: usize) -> Ints {
+        let seqs = self.seqs.len();
+        self.plan.buffers.decided.slice(layer * seqs..(layer + 1) * seqs)
+    }
+
+    /// All rows of a chunk.
+    pub fn all(&self, chunk: Chunk) -> RowSet {
+        RowSet::exact(self.plan.buffers.all.slice(chunk.start..chunk.end))
+    }
+
+    /// The active rows of a chunk, of those that `list` holds for the whole step.
+    pub fn active(&self, layer: usize, chunk: Chunk, list: Ints) -> RowSet {
+        let index = list.slice(self.part(layer, chunk, Take::Active));
+        match self.phase {
+            Phase::Prefill => RowSet::exact(index),
+            Phase::Decode => {
+                let counts = self.active_at(layer);
+                RowSet { index, bound: index.len, count: Some(counts.slice(counts.len - 1..counts.len)) }
+            }
+        }
+    }
+
+    /// Where a chunk's rows stand in the lists that `Route` wrote for the whole step.
+    pub fn part(&self, layer: usize, chunk: Chunk, take: Take) -> Range<usize> {
+        match (take, self.phase) {
+            (Take::All, _) | (_, Phase::Decode) => chunk.start..chunk.end,
+            (Take::Active, Phase::Prefill) => self.active_below(layer, chunk.start)..self.active_below(layer, chunk.end),
+        }
+    }
+}
+
+/// SplitMix64's finaliser (Steele et al., 2014): every bit of the input reaches every bit of the output.
+fn mix(mut z: u64) -> u64 {
+    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
