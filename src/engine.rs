@@ -100,16 +100,23 @@ impl Engine {
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
         let mut backend: Box<dyn Backend> = Box::new(CpuBackend::new(options.threads)?);
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
-            set.check(&config, Some(&weights.fingerprint()))?;
+            set.check(&config, &weights.fingerprint())?;
         }
         let routed = routing.as_ref().map_or(0, |r| r.layers.len());
-        let plan =
-            MemoryPlan::new(&config, routed, weights.bytes(), options.limits(&config), backend.info())?;
+        let plan = MemoryPlan::new(&config, routed, weights.bytes() as u64, options.limits(&config), backend.info())?;
         let model = Model::load(config, &weights, routing, backend.as_mut())?;
         backend.reserve(plan.arena as usize, plan.ints as usize / 4, &plan.kv)?;
         let slots = plan.kv.slots;
         let state = State::new(plan);
-        Ok(Engine { model, state, backend, weights, positions: vec![0; slots], open: vec![false; slots], logits: Vec::new() })
+        Ok(Engine {
+            model,
+            state,
+            backend,
+            weights,
+            positions: vec![0; slots],
+            open: vec![false; slots],
+            logits: Vec::new(),
+        })
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.
@@ -168,7 +175,11 @@ impl Engine {
         }
         for (i, &(Seq(slot), ids)) in seqs.iter().enumerate() {
             ensure!(self.open[slot.index()], Argument, "a sequence that was closed");
-            ensure!(seqs[..i].iter().all(|(Seq(other), _)| *other != slot), Argument, "a sequence stands twice in a step");
+            ensure!(
+                seqs[..i].iter().all(|(Seq(other), _)| *other != slot),
+                Argument,
+                "a sequence stands twice in a step"
+            );
             if ids.is_empty() {
                 return Err(Error::new(Kind::Argument, "the prompt is empty").action("give at least one token of text"));
             }

@@ -146,15 +146,7 @@ mod tests {
     const SLOTS: usize = 4;
 
     fn layout(pages: usize) -> KvLayout {
-        KvLayout {
-            layers: LAYERS,
-            slots: SLOTS,
-            pages,
-            pages_per_seq: 5,
-            kv_heads: 1,
-            head_dim: 8,
-            dtype: DType::F32,
-        }
+        KvLayout { layers: LAYERS, slots: SLOTS, pages, pages_per_seq: 5, kv_heads: 1, head_dim: 8, dtype: DType::F32 }
     }
 
     #[derive(Debug, Clone)]

@@ -2,7 +2,16 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod config;
+pub mod engine;
 mod error;
+mod files;
+mod kv;
+pub mod memory;
+pub mod model;
+pub mod router;
+mod step;
 pub mod tensor;
+pub mod weights;
 
 pub use error::{Error, Kind, Result};

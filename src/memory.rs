@@ -118,14 +118,8 @@ impl MemoryPlan {
         };
         let mut place = Placer::default();
         let buffers = Buffers::place(config, routed, limits, device.activations, &mut place).ok_or_else(too_large)?;
-        let plan = MemoryPlan {
-            limits,
-            weights,
-            arena: place.bytes as u64,
-            ints: (place.ints * 4) as u64,
-            kv,
-            buffers,
-        };
+        let plan =
+            MemoryPlan { limits, weights, arena: place.bytes as u64, ints: (place.ints * 4) as u64, kv, buffers };
         let available = memory.or(device.free_memory).unwrap_or(u64::MAX);
         if plan.total() > available {
             return Err(Error::new(
@@ -257,7 +251,8 @@ impl fmt::Display for Size {
 /// Parses "8GiB", "500M", "2g" or a plain number of bytes; K, M, G, T are powers of 1024.
 pub fn parse_size(text: &str) -> Result<u64> {
     let bad = || {
-        Error::new(Kind::Argument, format!("\"{text}\" is not a size")).action("write bytes, or a number with K, M, G or T: 8G")
+        Error::new(Kind::Argument, format!("\"{text}\" is not a size"))
+            .action("write bytes, or a number with K, M, G or T: 8G")
     };
     let text = text.trim();
     let split = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());

@@ -141,9 +141,7 @@ impl Model {
         let mut layers = Vec::with_capacity(config.layers);
         for (l, &window) in config.windows.iter().enumerate() {
             let mut get = |part: &str, rows, cols| get(&format!("model.layers.{l}.{part}"), rows, cols);
-            let mut bias = |part: &str, wanted: bool, n| {
-                wanted.then(|| get(&format!("{part}.bias"), 1, n)).transpose()
-            };
+            let mut bias = |part: &str, wanted: bool, n| wanted.then(|| get(&format!("{part}.bias"), 1, n)).transpose();
             let has = |part: &str| weights.contains(&format!("model.layers.{l}.{part}"));
             let qkv_bias = [
                 bias("self_attn.q_proj", has("self_attn.q_proj.bias"), q_dim)?,
@@ -194,7 +192,10 @@ impl Model {
             };
             let count = self.layers.len();
             let layer = self.layers.get_mut(l).ok_or_else(|| {
-                Error::new(Kind::Argument, format!("layer {l} cannot be routed, the model has layers 0 to {}", count - 1))
+                Error::new(
+                    Kind::Argument,
+                    format!("layer {l} cannot be routed, the model has layers 0 to {}", count - 1),
+                )
             })?;
             layer.routed = Some(Routed { nth, router });
         }
@@ -271,17 +272,11 @@ impl Model {
     /// h = RMSNorm(x) of a chunk, and the router's logits when `score`.
     fn input_norm(&self, layer: &Layer, st: &State, chunk: Chunk, score: bool) -> NormGate {
         let b = &st.plan.buffers;
-        let gate = layer.routed.filter(|_| score).and_then(|routed| {
-            routed.router.map(|router| Gate { router, logits: st.gate(routed.nth) })
-        });
-        NormGate {
-            x: b.x,
-            rows: st.all(chunk),
-            weight: layer.input_norm,
-            eps: self.config.norm_eps,
-            out: b.h,
-            gate,
-        }
+        let gate = layer
+            .routed
+            .filter(|_| score)
+            .and_then(|routed| routed.router.map(|router| Gate { router, logits: st.gate(routed.nth) }));
+        NormGate { x: b.x, rows: st.all(chunk), weight: layer.input_norm, eps: self.config.norm_eps, out: b.h, gate }
     }
 
     fn routing_of(&self, l: usize, layer: &Layer, st: &State) -> Route {
@@ -314,7 +309,8 @@ impl Model {
     /// x += m·Attn(h): Q of the active rows, K/V of the kept rows, attention by ranges, output scattered back.
     fn attention(&self, be: &mut dyn Backend, st: &State, l: usize, chunk: Chunk) -> Result<()> {
         let (b, layer, c) = (&st.plan.buffers, &self.layers[l], &self.config);
-        let (q_rows, kv_rows) = (self.rows(st, l, chunk, self.queries(layer)), self.rows(st, l, chunk, self.keys(layer)));
+        let (q_rows, kv_rows) =
+            (self.rows(st, l, chunk, self.queries(layer)), self.rows(st, l, chunk, self.keys(layer)));
         // What Route wrote for the i-th querying or kept row of the step; this chunk's part of it.
         let (q_part, kv_part) = (st.part(l, chunk, self.queries(layer)), st.part(l, chunk, self.keys(layer)));
         be.qkv(&Qkv {
@@ -367,14 +363,7 @@ impl Model {
             _ => Take::All,
         };
         let rows = self.rows(st, l, chunk, take);
-        let norm = NormGate {
-            x: b.x,
-            rows,
-            weight: layer.post_norm,
-            eps: self.config.norm_eps,
-            out: b.h,
-            gate: None,
-        };
+        let norm = NormGate { x: b.x, rows, weight: layer.post_norm, eps: self.config.norm_eps, out: b.h, gate: None };
         be.norm_gate(&norm)?;
         be.swiglu(&SwiGlu {
             h: b.h,

@@ -58,7 +58,11 @@ impl Activity {
 
     /// The share of (token, layer) pairs of the given layers that were active.
     pub fn mean_capacity(&self, layers: &[usize]) -> f64 {
-        if layers.is_empty() { 1.0 } else { layers.iter().map(|&l| self.capacity(l)).sum::<f64>() / layers.len() as f64 }
+        if layers.is_empty() {
+            1.0
+        } else {
+            layers.iter().map(|&l| self.capacity(l)).sum::<f64>() / layers.len() as f64
+        }
     }
 }
 
@@ -70,7 +74,6 @@ pub(crate) struct State {
     pub activity: Activity,
     phase: Phase,
     seqs: Vec<SeqRows>,
-    chunks: Vec<Chunk>,
     /// Ends of sequences and chunks, ascending; the last is the number of rows.
     cuts: Vec<u32>,
     /// [layers · cuts]: active rows below each cut, as far as they are known.
@@ -93,7 +96,6 @@ impl State {
             activity: Activity { tokens: 0, active: vec![0; layers] },
             phase: Phase::Prefill,
             seqs: Vec::with_capacity(batch),
-            chunks: Vec::new(),
             cuts: Vec::with_capacity(batch),
             counts: Vec::with_capacity(layers * batch),
             decisions: vec![UNDECIDED; layers * batch],
@@ -156,13 +158,9 @@ impl State {
             self.seqs.push(SeqRows { slot, start: rows, end: rows + ids.len() });
             rows += ids.len();
         }
-        self.chunks.clear();
-        for start in (0..rows).step_by(self.plan.limits.chunk.max(self.plan.limits.batch)) {
-            let end = (start + self.plan.limits.chunk.max(self.plan.limits.batch)).min(rows);
-            self.chunks.push(Chunk { start, end });
-        }
         self.cuts.clear();
-        self.cuts.extend(self.seqs.iter().map(|s| s.end as u32).chain(self.chunks.iter().map(|c| c.end as u32)));
+        self.cuts.extend(self.seqs.iter().map(|s| s.end as u32));
+        self.cuts.extend(self.chunks().map(|c| c.end as u32));
         self.cuts.sort_unstable();
         self.cuts.dedup();
         let layers = self.plan.kv.layers;
@@ -225,7 +223,9 @@ impl State {
             for &(_, pos, ids) in seqs {
                 match level {
                     Level::Token => self.floats.extend(
-                        ids.iter().enumerate().map(|(i, &id)| logit(mix(start ^ mix(((pos + i) as u64) << 32 | id as u64)))),
+                        ids.iter()
+                            .enumerate()
+                            .map(|(i, &id)| logit(mix(start ^ mix(((pos + i) as u64) << 32 | id as u64)))),
                     ),
                     Level::Sequence => {
                         let hash = ids.iter().fold(start, |hash, &id| mix(hash ^ id as u64));
@@ -355,8 +355,14 @@ impl State {
         self.seqs.len()
     }
 
-    pub fn chunks(&self) -> &[Chunk] {
-        &self.chunks
+    /// The step's rows, cut into chunks of whole multiples of [`Limits::chunk`](crate::memory::Limits).
+    pub fn chunks(&self) -> impl ExactSizeIterator<Item = Chunk> + use<> {
+        let (rows, chunk) = (self.rows(), self.chunk_rows());
+        (0..rows.div_ceil(chunk)).map(move |i| Chunk { start: i * chunk, end: ((i + 1) * chunk).min(rows) })
+    }
+
+    fn chunk_rows(&self) -> usize {
+        self.plan.limits.chunk.max(self.plan.limits.batch)
     }
 
     pub fn cuts(&self) -> Ints {
@@ -405,7 +411,9 @@ impl State {
     pub fn part(&self, layer: usize, chunk: Chunk, take: Take) -> Range<usize> {
         match (take, self.phase) {
             (Take::All, _) | (_, Phase::Decode) => chunk.start..chunk.end,
-            (Take::Active, Phase::Prefill) => self.active_below(layer, chunk.start)..self.active_below(layer, chunk.end),
+            (Take::Active, Phase::Prefill) => {
+                self.active_below(layer, chunk.start)..self.active_below(layer, chunk.end)
+            }
         }
     }
 }

@@ -34,8 +34,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight, NORM_EPS).to(torch.bfloat16)
 
 
+@torch.compile(dynamic=True)
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attention of one query per head. Compiled, it reads the bf16 cache at memory speed, twice as fast as torch's own."""
+    scores = (q.unsqueeze(2) * keys).sum(-1) * q.shape[-1] ** -0.5
+    return (scores.softmax(-1).unsqueeze(-1) * values).sum(2)
+
+
 class Teacher:
-    """Batched decoding in bf16. The KV cache stays f32: torch's CPU attention is twice as fast on it."""
+    """Batched decoding in bf16."""
 
     def __init__(self, data: Path):
         blob = data.read_bytes()
@@ -86,7 +93,7 @@ class Teacher:
         self.head = self.embedding[allowed].to(torch.bfloat16)
 
     def new_cache(self, batch: int) -> torch.Tensor:
-        return torch.zeros(self.layers, 2, batch, self.heads, self.context, self.head_dim)
+        return torch.zeros(self.layers, 2, batch, self.heads, self.context, self.head_dim, dtype=torch.bfloat16)
 
     def step(self, tokens: torch.Tensor, position: int, cache: torch.Tensor) -> torch.Tensor:
         """Feeds one token per sequence, all at the same position; returns logits over `self.allowed`."""
@@ -97,9 +104,8 @@ class Teacher:
             q, k, v = qkv.view(batch, 3, self.heads, self.head_dim).unbind(1)
             cache[layer, 0, :, :, position] = self._rotate(k, position)
             cache[layer, 1, :, :, position] = v
-            keys, values = cache[layer, :, :, :, : position + 1]
-            mixed = F.scaled_dot_product_attention(self._rotate(q, position).unsqueeze(2), keys, values)
-            x = x + F.linear(mixed.reshape(batch, -1).to(torch.bfloat16), self.wo[layer])
+            mixed = attend(self._rotate(q, position), *cache[layer, :, :, :, : position + 1])
+            x = x + F.linear(mixed.view(batch, -1).to(torch.bfloat16), self.wo[layer])
             gate, up = F.linear(rms_norm(x, self.ffn_norm[layer]), self.w13[layer]).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, self.w2[layer])
         return F.linear(rms_norm(x, self.final_norm), self.head).float()

@@ -55,7 +55,7 @@ def cases() -> list[Case]:
         Case(
             "llama-mha-f32-classic",
             LlamaConfig(
-                vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                vocab_size=160, hidden_size=64, intermediate_size=72, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
                 rope_parameters=default_rope(10000.0), rms_norm_eps=1e-5, tie_word_embeddings=False,
             ),
@@ -85,7 +85,7 @@ def cases() -> list[Case]:
         Case(
             "llama-linear-rope-bf16-classic",
             LlamaConfig(
-                vocab_size=163, hidden_size=56, intermediate_size=96, num_hidden_layers=2, head_dim=16,
+                vocab_size=163, hidden_size=56, intermediate_size=80, num_hidden_layers=2, head_dim=16,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                 rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
                 rms_norm_eps=1e-5, tie_word_embeddings=False,
@@ -96,7 +96,7 @@ def cases() -> list[Case]:
         Case(
             "llama-f16",
             LlamaConfig(
-                vocab_size=192, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                vocab_size=192, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                 rope_parameters=default_rope(10000.0), rms_norm_eps=1e-6, tie_word_embeddings=False,
             ),
@@ -116,7 +116,7 @@ def cases() -> list[Case]:
         Case(
             "llama-sharded-bf16",
             LlamaConfig(
-                vocab_size=200, hidden_size=64, intermediate_size=104, num_hidden_layers=2,
+                vocab_size=200, hidden_size=64, intermediate_size=80, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
                 rope_parameters=default_rope(10000.0), rms_norm_eps=1e-5, tie_word_embeddings=False,
             ),
@@ -125,7 +125,7 @@ def cases() -> list[Case]:
         Case(
             "smollm2-bf16-classic",
             LlamaConfig(
-                vocab_size=162, hidden_size=96, intermediate_size=96, num_hidden_layers=2,
+                vocab_size=162, hidden_size=96, intermediate_size=72, num_hidden_layers=2,
                 num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
                 rope_parameters=default_rope(100000.0), rms_norm_eps=1e-5, tie_word_embeddings=True,
             ),
@@ -134,7 +134,7 @@ def cases() -> list[Case]:
         Case(
             "mistral-window-f32-classic",
             MistralConfig(
-                vocab_size=160, hidden_size=56, intermediate_size=80, num_hidden_layers=2, head_dim=16,
+                vocab_size=160, hidden_size=56, intermediate_size=64, num_hidden_layers=2, head_dim=16,
                 num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=512, sliding_window=16,
                 rope_parameters=default_rope(10000.0), rms_norm_eps=1e-5, tie_word_embeddings=False,
             ),
@@ -144,7 +144,7 @@ def cases() -> list[Case]:
         Case(
             "qwen2-bf16-classic",
             Qwen2Config(
-                vocab_size=165, hidden_size=112, intermediate_size=80, num_hidden_layers=2,
+                vocab_size=165, hidden_size=112, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=7, num_key_value_heads=1, max_position_embeddings=512,
                 rope_parameters=default_rope(1000000.0), rms_norm_eps=1e-6, tie_word_embeddings=True,
             ),
@@ -177,7 +177,7 @@ def cases() -> list[Case]:
         Case(
             "qwen3-bf16",
             Qwen3Config(
-                vocab_size=181, hidden_size=64, intermediate_size=104, num_hidden_layers=2, head_dim=32,
+                vocab_size=181, hidden_size=64, intermediate_size=80, num_hidden_layers=2, head_dim=32,
                 num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=512,
                 rope_parameters=default_rope(1000000.0), rms_norm_eps=1e-6, tie_word_embeddings=True,
             ),
@@ -186,7 +186,7 @@ def cases() -> list[Case]:
         Case(
             "qwen3-untied-f32-classic",
             Qwen3Config(
-                vocab_size=160, hidden_size=56, intermediate_size=88, num_hidden_layers=2, head_dim=16,
+                vocab_size=160, hidden_size=56, intermediate_size=64, num_hidden_layers=2, head_dim=16,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
                 rope_parameters=default_rope(1000000.0), rms_norm_eps=1e-6, tie_word_embeddings=False,
             ),

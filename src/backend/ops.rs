@@ -271,7 +271,8 @@ impl Route {
         check_rows("route", "logits", self.logits, if self.decide == Decide::All { 0 } else { rows })?;
         check_len("route", "slots", self.slots, self.seq_start.len.saturating_sub(1))?;
         check_len("route", "active counts", self.active_at, self.cuts.len)?;
-        for (what, ints) in [("active", self.active), ("first", self.first), ("end", self.end), ("kv_row", self.kv_row)] {
+        for (what, ints) in [("active", self.active), ("first", self.first), ("end", self.end), ("kv_row", self.kv_row)]
+        {
             check_len("route", what, ints, rows)?;
         }
         if let Decide::Sequence(_) = self.decide {

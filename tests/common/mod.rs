@@ -1,0 +1,121 @@
+//! What the integration tests share: golden files and engines over the tiny models.
+#![allow(dead_code)] // each test binary uses a part
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use mindskip::config::Config;
+use mindskip::engine::{Engine, Options};
+use mindskip::model::{Gates, Routing};
+use mindskip::router::{RouterSet, RouterSettings};
+use mindskip::weights::Weights;
+use safetensors::{Dtype, SafeTensors};
+
+pub fn goldens() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens")
+}
+
+/// The tensors of a golden file, integers as f32 values would lose nothing here but are kept apart.
+pub struct Golden {
+    floats: HashMap<String, (Vec<usize>, Vec<f32>)>,
+    ints: HashMap<String, (Vec<usize>, Vec<u32>)>,
+}
+
+impl Golden {
+    pub fn open(path: &Path) -> Golden {
+        let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut golden = Golden { floats: HashMap::new(), ints: HashMap::new() };
+        for (name, t) in file.tensors() {
+            let words = || t.data().chunks_exact(4).map(|c| <[u8; 4]>::try_from(c).unwrap());
+            let shape = t.shape().to_vec();
+            match t.dtype() {
+                Dtype::F32 => drop(golden.floats.insert(name, (shape, words().map(f32::from_le_bytes).collect()))),
+                Dtype::I32 => drop(golden.ints.insert(name, (shape, words().map(u32::from_le_bytes).collect()))),
+                Dtype::U8 => drop(golden.ints.insert(name, (shape, t.data().iter().map(|&b| b.into()).collect()))),
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+        golden
+    }
+
+    pub fn floats(&self, name: &str) -> &[f32] {
+        &self.floats[name].1
+    }
+
+    pub fn ints(&self, name: &str) -> &[u32] {
+        &self.ints[name].1
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.floats.contains_key(name) || self.ints.contains_key(name)
+    }
+}
+
+pub fn config(folder: &Path) -> Config {
+    Config::parse(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+pub fn engine(folder: &Path, routing: Option<Routing>, options: &Options) -> Engine {
+    Engine::new(config(folder), Weights::open(folder).unwrap(), routing, options).unwrap()
+}
+
+/// An engine over `folder` for `batch` sequences of up to `context` tokens.
+pub fn options(batch: usize, context: usize) -> Options {
+    Options { batch, context: Some(context), rows: Some(batch * context), threads: Some(2), ..Options::default() }
+}
+
+/// Routing by a router file, with settings of the caller's.
+pub fn routing(path: &Path, settings: RouterSettings) -> Routing {
+    let mut set = RouterSet::open(path).unwrap();
+    set.settings = settings;
+    set.fingerprint = None;
+    Routing::routers(set)
+}
+
+pub fn random_gates(settings: RouterSettings, layers: &[usize], capacity: f32) -> Routing {
+    Routing { settings, layers: layers.to_vec(), gates: Gates::Random { capacity, seed: 7 } }
+}
+
+pub fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32
+}
+
+/// Fails, with the worst element, unless |a − b| <= rtol · max|b| everywhere; NaN fails.
+pub fn assert_close(what: &str, actual: &[f32], expected: &[f32], rtol: f32) {
+    assert_eq!(actual.len(), expected.len(), "{what}: lengths");
+    let scale = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let bad = |i: usize| (actual[i] - expected[i]).abs();
+    let worst = (0..actual.len()).max_by(|&i, &j| {
+        let key = |d: f32| if d.is_nan() { f32::INFINITY } else { d };
+        key(bad(i)).total_cmp(&key(bad(j)))
+    });
+    if let Some(i) = worst {
+        assert!(
+            bad(i) <= rtol * scale,
+            "{what}: element {i} is {}, expected {} (error {:.1e} of the largest, allowed {rtol:.0e})",
+            actual[i],
+            expected[i],
+            bad(i) / scale
+        );
+    }
+}
+
+/// Same numbers to the last bit; NaN fails.
+pub fn assert_bits(what: &str, actual: &[f32], expected: &[f32]) {
+    assert_eq!(actual.len(), expected.len(), "{what}: lengths");
+    for (i, (a, b)) in actual.iter().zip(expected).enumerate() {
+        assert!(a.to_bits() == b.to_bits() && a.is_finite(), "{what}: element {i} is {a:?}, expected {b:?}");
+    }
+}
+
+/// Token ids from a small generator, below `vocab`.
+pub fn ids(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            ((state >> 33) % vocab as u64) as u32
+        })
+        .collect()
+}
