@@ -1,7 +1,7 @@
 //! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
 
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, DeviceInfo, KvLayout, Meter};
+use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, mean, sigmoid};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::kv::Slot;
@@ -257,10 +257,7 @@ impl Engine {
                     list.iter().for_each(|&row| active[row as usize] = true);
                     LayerTrace { layer, active, scores: logits.into_iter().map(sigmoid).collect() }
                 }
-                Level::Sequence => {
-                    let mean = logits.iter().map(|&x| f64::from(x)).sum::<f64>() / rows as f64;
-                    LayerTrace { layer, active: vec![count > 0], scores: vec![sigmoid(mean as f32)] }
-                }
+                Level::Sequence => LayerTrace { layer, active: vec![count > 0], scores: vec![sigmoid(mean(&logits))] },
             });
         }
         Ok(traces)
@@ -326,8 +323,4 @@ impl Engine {
     fn kv_layout(&self) -> KvLayout {
         self.state.plan.kv
     }
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }

@@ -141,6 +141,21 @@ pub enum Data<'a> {
     BF16(&'a [half::bf16]),
 }
 
+impl Data<'_> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Data::F32(v) => v.len(),
+            Data::F16(v) => v.len(),
+            Data::BF16(v) => v.len(),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// Copies into memory aligned for every dtype.
 fn aligned_copy(bytes: &[u8]) -> Bytes {
     struct Aligned(Vec<u32>, usize);

@@ -202,6 +202,16 @@ pub trait Backend: Ops + Send {
     fn meter(&mut self) -> &mut Meter;
 }
 
+/// The score behind a router logit.
+pub fn sigmoid(logit: f32) -> f32 {
+    1.0 / (1.0 + (-logit).exp())
+}
+
+/// The logit of a sequence: the mean over its tokens, as mean(h)·r = mean(h·r). Summed in f64.
+pub fn mean(logits: &[f32]) -> f32 {
+    (logits.iter().map(|&x| f64::from(x)).sum::<f64>() / logits.len() as f64) as f32
+}
+
 /// What makes two steps issue the same ops over the same buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StepKey {

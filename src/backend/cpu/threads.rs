@@ -1,0 +1,75 @@
+//! The threads of a CPU backend, the instruction set they use, and scratch memory for each.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use fearless_simd::Level;
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use super::simd::{LANES, Line};
+use crate::error::{Error, Kind, Result, ensure};
+
+/// A pool of threads. Cloning shares.
+#[derive(Clone)]
+pub struct Threads {
+    pool: Arc<ThreadPool>,
+    scratch: Arc<[Mutex<Scratch>]>,
+    pub level: Level,
+}
+
+/// Memory of one thread. Grows to what the largest op needs, and then no more.
+#[derive(Default)]
+pub struct Scratch(Vec<Line>);
+
+impl Scratch {
+    /// Some memory, holding anything.
+    pub fn lines(&mut self, n: usize) -> &mut [Line] {
+        if self.0.len() < n {
+            self.0.resize(n, bytemuck::Zeroable::zeroed());
+        }
+        &mut self.0[..n]
+    }
+
+    /// The same as numbers.
+    pub fn floats(&mut self, n: usize) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut(self.lines(n.div_ceil(LANES)))[..n]
+    }
+}
+
+impl Threads {
+    /// `count` threads, or one for every core that this process may use. Errors: Argument for 0 or more than 1024.
+    pub fn new(count: Option<usize>, level: Level) -> Result<Self> {
+        let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        ensure!((1..=1024).contains(&count), Argument, "{count} threads; give a number from 1 to 1024");
+        let pool = ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("mindskip-{i}")).build();
+        let pool = pool.map_err(|e| {
+            Error::new(Kind::Memory, format!("{count} threads cannot be started: {e}"))
+                .action("use fewer with --threads")
+        })?;
+        Ok(Threads { pool: Arc::new(pool), scratch: (0..count).map(|_| Mutex::default()).collect(), level })
+    }
+
+    pub fn count(&self) -> usize {
+        self.scratch.len()
+    }
+
+    /// Runs `body` on a thread of the pool, so that the forks within cost no change of threads.
+    pub fn enter<R: Send>(&self, body: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(body)
+    }
+
+    /// Runs `work` on every task, on all threads, with the thread's scratch memory.
+    pub fn each<T: Send>(
+        &self,
+        tasks: impl IndexedParallelIterator<Item = T>,
+        work: impl Fn(&mut Scratch, T) + Send + Sync,
+    ) {
+        self.enter(|| tasks.with_max_len(1).for_each(|task| work(&mut self.own_scratch(), task)));
+    }
+
+    /// Nobody else takes it: a thread runs one task at a time. Poisoned memory is as good as any, it holds no promise.
+    fn own_scratch(&self) -> MutexGuard<'_, Scratch> {
+        let i = rayon::current_thread_index().expect("a thread of the pool");
+        self.scratch[i].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
