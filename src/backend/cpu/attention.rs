@@ -275,23 +275,23 @@ impl<'a> Work<'a> {
     ) -> usize {
         let start = page * PAGE;
         let within = |row: usize| row.saturating_sub(start).min(PAGE);
-        let ranges: [Range<usize>; M] = std::array::from_fn(|m| {
-            let range = self.range(at + m);
-            within(range.start)..within(range.end)
-        });
-        let (low, high) = (ranges[0].start, ranges[M - 1].end);
+        let seen = |m| within(self.range(at + m).start)..within(self.range(at + m).end);
+        let (low, high) = (seen(0).start, seen(M - 1).end);
         if low >= high {
             return M;
         }
         let head = self.kv.head(self.table[page], self.share.kv_head);
         let (_, keys) = head.split_at(PAGE * self.head_dim);
-        let queries: [&[f32]; M] = std::array::from_fn(|m| self.query(at + m));
+        let mut queries: [&[f32]; M] = [&[]; M];
+        for m in 0..M {
+            queries[m] = self.query(at + m);
+        }
         let mut weights = [[f32::NEG_INFINITY; PAGE]; M];
         for block in (0..PAGE).step_by(N * LANES).filter(|&b| b < high && b + N * LANES > low) {
             scores::<S, M, N>(simd, keys, &queries, self.queries.scale, block, &mut weights);
         }
         for (m, weights) in weights.iter_mut().enumerate() {
-            self.softmax(simd, &ranges[m], weights, at + m, state);
+            self.softmax(simd, seen(m), weights, at + m, state);
         }
         let padded = self.padded();
         let outs = &mut state.out[at * padded..(at + M) * padded];
@@ -310,15 +310,15 @@ impl<'a> Work<'a> {
 
     /// Turns the scores of query i into weights, 0 outside `range`, and rescales its state to the new maximum.
     #[inline(always)]
-    fn softmax<S: Simd>(&self, simd: S, range: &Range<usize>, scores: &mut PageRow, i: usize, state: &mut State) {
+    fn softmax<S: Simd>(&self, simd: S, range: Range<usize>, scores: &mut PageRow, i: usize, state: &mut State) {
         let lanes = u32x16::from_fn(simd, |lane| lane as u32);
         let nothing = V::splat(simd, f32::NEG_INFINITY);
-        let mut vectors: [V<S>; PAGE / LANES] = std::array::from_fn(|n| {
-            let v = V::from_slice(simd, &scores[n * LANES..][..LANES]);
+        let mut vectors = [nothing; PAGE / LANES];
+        for (n, v) in vectors.iter_mut().enumerate() {
             let key = lanes + (n * LANES) as u32;
             let seen = key.simd_ge(range.start as u32) & key.simd_lt(range.end as u32);
-            seen.select(v, nothing)
-        });
+            *v = seen.select(V::from_slice(simd, &scores[n * LANES..][..LANES]), nothing);
+        }
         let [a, b, c, d] = vectors;
         let top = state.max[i].max(max(a.max(b).max(c.max(d))));
         if top > state.max[i] {
@@ -352,11 +352,18 @@ fn scores<S: Simd, const M: usize, const N: usize>(
 ) {
     let mut acc = [[V::splat(simd, 0.0); N]; M];
     let d = queries[0].len();
-    let queries = queries.map(|q| &q[..d]);
-    for (c, keys) in keys.as_chunks::<PAGE>().0.iter().enumerate().take(d) {
-        let k: [V<S>; N] = std::array::from_fn(|n| V::from_slice(simd, &keys[block + n * LANES..][..LANES]));
+    let mut q: [&[f32]; M] = [&[]; M];
+    for m in 0..M {
+        q[m] = &queries[m][..d];
+    }
+    let mut k = [V::splat(simd, 0.0); N];
+    for (c, keys) in keys.as_chunks::<PAGE>().0[..d].iter().enumerate() {
+        let keys = &keys[block..][..N * LANES];
+        for n in 0..N {
+            k[n] = V::from_slice(simd, &keys[n * LANES..][..LANES]);
+        }
         for m in 0..M {
-            let q = V::splat(simd, queries[m][c]);
+            let q = V::splat(simd, q[m][c]);
             for n in 0..N {
                 acc[m][n] = q.mul_add(k[n], acc[m][n]);
             }
@@ -383,12 +390,18 @@ fn values<S: Simd, const M: usize, const N: usize>(
     outs: &mut [f32],
 ) -> usize {
     let padded = outs.len() / M;
-    let mut acc: [[V<S>; N]; M] = std::array::from_fn(|m| {
-        std::array::from_fn(|n| V::from_slice(simd, &outs[m * padded + column + n * LANES..][..LANES]))
-    });
+    let mut acc = [[V::splat(simd, 0.0); N]; M];
+    for m in 0..M {
+        for n in 0..N {
+            acc[m][n] = V::from_slice(simd, &outs[m * padded + column + n * LANES..][..LANES]);
+        }
+    }
+    let mut v = [V::splat(simd, 0.0); N];
     for row in rows {
-        let v = &head[row * head_dim + column..][..N * LANES];
-        let v: [V<S>; N] = std::array::from_fn(|n| V::from_slice(simd, &v[n * LANES..][..LANES]));
+        let values = &head[row * head_dim + column..][..N * LANES];
+        for n in 0..N {
+            v[n] = V::from_slice(simd, &values[n * LANES..][..LANES]);
+        }
         for m in 0..M {
             let w = V::splat(simd, weights[m][row]);
             for n in 0..N {

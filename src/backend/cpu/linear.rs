@@ -11,7 +11,7 @@ use fearless_simd::dispatch;
 use fearless_simd::prelude::*;
 use rayon::prelude::*;
 
-use super::simd::{Element, LANES, Line, V, silu, sums, tail};
+use super::simd::{Element, LANES, Line, V, silu, sums, sums_of_8, tail};
 use super::threads::{Scratch, Threads};
 use crate::tensor::Data;
 
@@ -175,26 +175,34 @@ struct Out<'t, 'o, 'a> {
 }
 
 impl Out<'_, '_, '_> {
-    /// Puts the first `n` sums: the i-th belongs to the source row and column `place(i)`, or nowhere.
+    /// Adds biases and applies silu where it is asked for. The sums are from the `first` on of those of a tile: rows of `N`
+    /// columns from `column` on.
     #[inline(always)]
-    fn put<S: Simd>(&mut self, simd: S, sums: V<S>, n: usize, place: impl Fn(usize) -> Option<(usize, usize)>) {
-        let mut sums = sums.to_array();
+    fn finish<S: Simd, const N: usize>(&self, simd: S, mut sums: V<S>, column: usize, first: usize) -> V<S> {
         if let Some(bias) = self.bias {
-            for (i, sum) in sums[..n].iter_mut().enumerate() {
-                *sum += place(i).map_or(0.0, |(_, column)| bias[column]);
-            }
+            // Beyond the weight's last column there is nothing to finish.
+            sums += V::from_fn(simd, |i| bias.get(column + (first + i) % N).copied().unwrap_or(0.0));
         }
-        if self.put == Put::StoreSilu {
-            sums = silu(simd, V::from_slice(simd, &sums)).to_array();
+        if self.put == Put::StoreSilu { silu(simd, sums) } else { sums }
+    }
+
+    /// Puts the first `n` values at a source row, from a column on.
+    #[inline(always)]
+    fn put<const N: usize>(&mut self, row: usize, column: usize, values: &[f32], n: usize) {
+        let row = &mut self.rows[row][column - self.first..][..n];
+        match <&mut [f32; N]>::try_from(&mut *row) {
+            Ok(whole) => Self::combine(self.put, whole, &values[..N]),
+            Err(_) => Self::combine(self.put, row, values),
         }
-        for (i, sum) in sums[..n].iter().enumerate() {
-            let Some((row, column)) = place(i) else { continue };
-            let o = &mut self.rows[row][column - self.first];
-            match self.put {
-                Put::Store | Put::StoreSilu => *o = *sum,
-                Put::Add => *o += sum,
-                Put::Multiply => *o *= sum,
-            }
+    }
+
+    #[inline(always)]
+    fn combine(put: Put, row: &mut [f32], values: &[f32]) {
+        let pairs = row.iter_mut().zip(values);
+        match put {
+            Put::Store | Put::StoreSilu => pairs.for_each(|(o, v)| *o = *v),
+            Put::Add => pairs.for_each(|(o, v)| *o += v),
+            Put::Multiply => pairs.for_each(|(o, v)| *o *= v),
         }
     }
 }
@@ -209,18 +217,23 @@ fn stream<S: Simd, E: Element, const M: usize>(
     out: &mut Out,
 ) {
     let width = source.width;
-    let rows: [(&[[f32; LANES]], &[f32]); M] = std::array::from_fn(|m| source.row(m).as_chunks());
-    let tails = rows.map(|(_, t)| tail(t));
+    let whole = width / LANES;
+    let mut rows: [&[[f32; LANES]]; M] = [&[]; M];
+    let mut tails = [[0.0; LANES]; M];
+    for m in 0..M {
+        rows[m] = &source.row(m).as_chunks().0[..whole];
+        tails[m] = tail(&source.row(m)[whole * LANES..]);
+    }
     for first in columns.clone().step_by(LANES) {
         let n = LANES.min(columns.end - first);
         let mut acc = [[V::splat(simd, 0.0); LANES]; M];
         for j in 0..n {
             let (w, w_tail) = weight[(first + j) * width..][..width].as_chunks();
             let mut sums = [V::splat(simd, 0.0); M];
-            for (i, w) in w.iter().enumerate() {
+            for (i, w) in w[..whole].iter().enumerate() {
                 let w = E::widen(simd, w);
                 for m in 0..M {
-                    sums[m] = V::from_slice(simd, &rows[m].0[i]).mul_add(w, sums[m]);
+                    sums[m] = V::from_slice(simd, &rows[m][i]).mul_add(w, sums[m]);
                 }
             }
             if !w_tail.is_empty() {
@@ -234,7 +247,8 @@ fn stream<S: Simd, E: Element, const M: usize>(
             }
         }
         for (m, acc) in acc.into_iter().enumerate() {
-            out.put(simd, sums(simd, acc), n, |j| Some((m, first + j)));
+            let values = out.finish::<S, LANES>(simd, sums(simd, acc), first, 0);
+            out.put::<LANES>(m, first, &values.to_array(), n);
         }
     }
 }
@@ -287,41 +301,61 @@ fn tile<S: Simd, const M: usize, const N: usize>(
     columns: Range<usize>,
     out: &mut Out,
 ) -> usize {
-    let zero = V::splat(simd, 0.0);
-    let mut acc = [[zero; N]; M];
-    let rows: [(&[[f32; LANES]], &[f32]); M] = std::array::from_fn(|m| source.row(at + m).as_chunks());
+    // Loops over constants, not array::map: its closures are not always inlined, and accumulators must not touch memory.
     let steps = panel.len() / N;
     let whole = source.width / LANES;
-    let rows_whole = rows.map(|(whole_steps, _)| &whole_steps[..whole]);
-    let panel: [&[Line]; N] = std::array::from_fn(|n| &panel[n * steps..][..steps]);
-    let panel_whole = panel.map(|row| &row[..whole]);
+    let mut rows: [&[[f32; LANES]]; M] = [&[]; M];
+    let mut weights: [&[Line]; N] = [&[]; N];
+    for m in 0..M {
+        rows[m] = &source.row(at + m).as_chunks().0[..whole];
+    }
+    for n in 0..N {
+        weights[n] = &panel[n * steps..][..whole];
+    }
+    let zero = V::splat(simd, 0.0);
+    let mut acc = [[zero; N]; M];
+    let mut a = [zero; M];
     for i in 0..whole {
-        let a: [V<S>; M] = std::array::from_fn(|m| V::from_slice(simd, &rows_whole[m][i]));
+        for m in 0..M {
+            a[m] = V::from_slice(simd, &rows[m][i]);
+        }
         for n in 0..N {
-            let w = V::from_slice(simd, &panel_whole[n][i].0);
+            let w = V::from_slice(simd, &weights[n][i].0);
             for m in 0..M {
                 acc[m][n] = a[m].mul_add(w, acc[m][n]);
             }
         }
     }
     if steps > whole {
-        let a: [V<S>; M] = std::array::from_fn(|m| V::from_slice(simd, &tail(rows[m].1)));
+        for m in 0..M {
+            a[m] = V::from_slice(simd, &tail(&source.row(at + m)[whole * LANES..]));
+        }
         for n in 0..N {
-            let w = V::from_slice(simd, &panel[n][whole].0);
+            let w = V::from_slice(simd, &panel[n * steps + whole].0);
             for m in 0..M {
                 acc[m][n] = a[m].mul_add(w, acc[m][n]);
             }
         }
     }
-    let acc = acc.as_flattened();
-    for start in (0..M * N).step_by(LANES) {
-        let group = std::array::from_fn(|i| acc.get(start + i).copied().unwrap_or(zero));
-        let n = LANES.min(M * N - start);
-        let found = columns.len();
-        out.put(simd, sums(simd, group), n, |i| {
-            let (m, column) = ((start + i) / N, (start + i) % N);
-            (column < found).then(|| (at + m, columns.start + column))
-        });
+    // Sixteen accumulators, then eight, in the order of their outputs.
+    let mut values = [0.0; LANES + LANES / 2];
+    let mut low = [zero; LANES];
+    let mut high = [zero; LANES / 2];
+    for m in 0..M {
+        for n in 0..N {
+            match m * N + n {
+                i @ 0..LANES => low[i] = acc[m][n],
+                i => high[i - LANES] = acc[m][n],
+            }
+        }
+    }
+    out.finish::<S, N>(simd, sums(simd, low), columns.start, 0).store_slice(&mut values[..LANES]);
+    if M * N > LANES {
+        let last = out.finish::<S, N>(simd, sums_of_8(simd, high), columns.start, LANES);
+        values[LANES..].copy_from_slice(&last.to_array()[..LANES / 2]);
+    }
+    for m in 0..M {
+        out.put::<N>(at + m, columns.start, &values[m * N..], columns.len());
     }
     M
 }

@@ -8,7 +8,7 @@ mod route;
 mod simd;
 mod threads;
 
-use fearless_simd::{Level, Simd, dispatch};
+use fearless_simd::{Level, dispatch};
 use memmap2::MmapMut;
 use rayon::prelude::*;
 
@@ -48,6 +48,7 @@ struct Stored {
 /// Every instruction set that this machine has, best first.
 #[cfg(test)]
 pub(crate) fn levels() -> Vec<Level> {
+    use fearless_simd::Simd;
     let best = Level::new();
     #[cfg(target_arch = "x86_64")]
     let others = [

@@ -65,14 +65,26 @@ pub fn tail<E: Element>(stored: &[E]) -> [E; LANES] {
 /// The sums of 16 vectors, each by the same tree: neighbours first.
 #[inline(always)]
 pub fn sums<S: Simd>(simd: S, v: [V<S>; LANES]) -> V<S> {
-    #[inline(always)]
-    fn halve<S: Simd, const N: usize, const HALF: usize>(simd: S, v: [V<S>; N]) -> [V<S>; HALF] {
-        std::array::from_fn(|i| {
-            let (a, b) = (v[2 * i], v[2 * i + 1]);
-            simd.unzip_low_f32x16(a, b) + simd.unzip_high_f32x16(a, b)
-        })
-    }
     let [sums] = halve::<S, 2, 1>(simd, halve::<S, 4, 2>(simd, halve::<S, 8, 4>(simd, halve::<S, 16, 8>(simd, v))));
+    sums
+}
+
+/// The sums of 8 vectors by the same tree, in the first 8 lanes.
+#[inline(always)]
+pub fn sums_of_8<S: Simd>(simd: S, v: [V<S>; LANES / 2]) -> V<S> {
+    let [pairs] = halve::<S, 2, 1>(simd, halve::<S, 4, 2>(simd, halve::<S, 8, 4>(simd, v)));
+    let [sums] = halve::<S, 2, 1>(simd, [pairs, pairs]);
+    sums
+}
+
+/// Adds neighbouring lanes; two vectors become one.
+#[inline(always)]
+fn halve<S: Simd, const N: usize, const HALF: usize>(simd: S, v: [V<S>; N]) -> [V<S>; HALF] {
+    let mut sums = [v[0]; HALF];
+    for i in 0..HALF {
+        let (a, b) = (v[2 * i], v[2 * i + 1]);
+        sums[i] = simd.unzip_low_f32x16(a, b) + simd.unzip_high_f32x16(a, b);
+    }
     sums
 }
 
@@ -215,15 +227,16 @@ mod tests {
     }
 
     #[inline(always)]
-    fn reductions<S: Simd>(simd: S, v: &[[f32; LANES]; LANES]) -> ([f32; LANES], [f32; LANES], [f32; LANES], f64) {
+    fn reductions<S: Simd>(simd: S, v: &[[f32; LANES]; LANES]) -> ([[f32; LANES]; 4], f64) {
         let vectors = v.map(|row| V::from_slice(simd, &row));
         let flat: &[f32] = v.as_flattened();
-        (
+        let reduced = [
             sums(simd, vectors).to_array(),
+            sums_of_8(simd, std::array::from_fn(|i| vectors[i])).to_array(),
             vectors.map(|v| sum(v)),
             vectors.map(|v| max(v)),
-            dot_f64(simd, &flat[..251], &flat[3..254]),
-        )
+        ];
+        (reduced, dot_f64(simd, &flat[..251], &flat[3..254]))
     }
 
     #[test]
@@ -233,14 +246,15 @@ mod tests {
                 std::array::from_fn(|i| std::array::from_fn(|j| ((i * 37 + j * 11) % 29) as f32 - 14.0));
             v[3][5] = f32::NEG_INFINITY;
             let finite = v.map(|row| row.map(|x| x.max(-14.0)));
-            let (a, b, _, dot) = dispatch!(level, simd => reductions(simd, &finite));
+            let ([a, first, b, _], dot) = dispatch!(level, simd => reductions(simd, &finite));
+            assert_eq!(first[..8], a[..8]);
             for (i, row) in finite.iter().enumerate() {
                 let expected: f32 = row.iter().sum();
                 assert_eq!((a[i], b[i]), (expected, expected), "sums of integers are exact");
             }
             let flat = finite.as_flattened();
             assert_eq!(dot, (0..251).map(|i| f64::from(flat[i]) * f64::from(flat[i + 3])).sum::<f64>());
-            let (.., maxima, _) = dispatch!(level, simd => reductions(simd, &v));
+            let ([.., maxima], _) = dispatch!(level, simd => reductions(simd, &v));
             for (i, row) in v.iter().enumerate() {
                 assert_eq!(maxima[i], row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
             }
