@@ -1,5 +1,7 @@
 //! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
 
+use std::ops::ControlFlow;
+
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, mean, sigmoid};
 use crate::config::Config;
@@ -8,7 +10,8 @@ use crate::kv::Slot;
 use crate::memory::{Limits, MemoryPlan};
 use crate::model::{Gates, Model, Routing};
 use crate::router::Level;
-use crate::step::{Activity, Phase, State};
+pub use crate::step::Activity;
+use crate::step::{Phase, State};
 use crate::weights::Weights;
 
 /// Rows that pass a layer together in prefill. The activations of 256 rows of a 135M model stay in the caches.
@@ -48,6 +51,10 @@ impl Options {
             memory: self.memory,
         }
     }
+}
+
+fn backend(options: &Options) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(CpuBackend::new(options.threads)?))
 }
 
 /// An open sequence of an [`Engine`].
@@ -98,7 +105,7 @@ impl Engine {
     /// Plans the memory, loads the weights and allocates. Errors: Memory with the sizes when it does not fit; what
     /// [`Weights::tensor`] refuses.
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
-        let mut backend: Box<dyn Backend> = Box::new(CpuBackend::new(options.threads)?);
+        let mut backend = backend(options)?;
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
@@ -117,6 +124,11 @@ impl Engine {
             open: vec![false; slots],
             logits: Vec::new(),
         })
+    }
+
+    /// The memory that an engine would take, without building it. Errors: as of [`new`](Self::new).
+    pub fn plan_for(config: &Config, weights: &Weights, routed: usize, options: &Options) -> Result<MemoryPlan> {
+        MemoryPlan::new(config, routed, weights.bytes() as u64, options.limits(config), backend(options)?.info())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.
@@ -233,6 +245,12 @@ impl Engine {
             self.check_finite()?;
         }
         Ok(out)
+    }
+
+    /// Lets `watch` see how far each prefill is, and stop it: the prefill then fails as Interrupted, with the sequences as
+    /// before.
+    pub fn watch(&mut self, watch: impl Fn(f64) -> ControlFlow<()> + Send + Sync + 'static) {
+        self.state.watch = Some(Box::new(watch));
     }
 
     /// How the routed layers treated the last prefill, which was of a single sequence.

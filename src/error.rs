@@ -25,6 +25,8 @@ pub enum Kind {
     Numeric,
     /// A router file belongs to another base model.
     Mismatch,
+    /// The caller asked for it to stop.
+    Interrupted,
 }
 
 /// An error that names the operation, the cause and the next action.

@@ -7,6 +7,7 @@ pub mod engine;
 mod error;
 mod files;
 mod kv;
+pub mod machine;
 pub mod memory;
 pub mod model;
 pub mod router;

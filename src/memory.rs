@@ -81,6 +81,8 @@ const HEAD_ROWS: usize = 64;
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
     pub limits: Limits,
+    /// Bytes that may be used: [`Limits::memory`] or what the device has free; None when that is not known.
+    pub available: Option<u64>,
     /// Weights in their stored dtype; on the CPU these are pages of the mapped file.
     pub weights: u64,
     /// The activation and integer arenas.
@@ -118,10 +120,10 @@ impl MemoryPlan {
         };
         let mut place = Placer::default();
         let buffers = Buffers::place(config, routed, limits, device.activations, &mut place).ok_or_else(too_large)?;
-        let plan =
-            MemoryPlan { limits, weights, arena: place.bytes as u64, ints: (place.ints * 4) as u64, kv, buffers };
-        let available = memory.or(device.free_memory).unwrap_or(u64::MAX);
-        if plan.total() > available {
+        let available = memory.or(device.free_memory);
+        let (arena, ints) = (place.bytes as u64, (place.ints * 4) as u64);
+        let plan = MemoryPlan { limits, available, weights, arena, ints, kv, buffers };
+        if let Some(available) = available.filter(|&n| plan.total() > n) {
             return Err(Error::new(
                 Kind::Memory,
                 format!(
@@ -225,6 +227,34 @@ impl Buffers {
             head_rows: at.ints(head_rows)?,
             targets: at.ints(head_rows)?,
         })
+    }
+}
+
+impl Buffers {
+    /// Names and bytes, for people. What shares its place is named together.
+    pub fn list(&self) -> Vec<(&'static str, usize)> {
+        let attention = [self.q, self.k, self.v, self.attn].map(Mat::bytes).iter().sum();
+        let mats = [
+            ("x", self.x),
+            ("rope angles", self.angles),
+            ("router logits", self.gate),
+            ("h", self.h),
+            ("logits", self.logits),
+            ("logprobs", self.logprobs),
+        ];
+        let ints = [
+            ("ids", self.ids),
+            ("positions", self.pos),
+            ("slots of rows", self.row_slot),
+            ("row numbers", self.all),
+            ("active rows", self.active),
+            ("active counts", self.active_at),
+            ("K/V ranges", Ints { offset: 0, len: self.first.len + self.end.len + self.kv_row.len }),
+        ];
+        let mut list: Vec<_> = mats.map(|(name, mat)| (name, mat.bytes())).to_vec();
+        list.push(("q, k, v, attention / MLP", self.act.bytes().max(attention)));
+        list.extend(ints.map(|(name, ints)| (name, ints.len * 4)));
+        list
     }
 }
 

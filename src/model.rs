@@ -7,7 +7,7 @@
 use crate::backend::*;
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
-use crate::router::{Keys, Level, RouterSet, RouterSettings, Select, Target};
+use crate::router::{Level, RouterSet, RouterSettings, Select, Target};
 use crate::step::{Chunk, Phase, State};
 use crate::tensor::Tensor;
 use crate::weights::Weights;
@@ -111,12 +111,9 @@ impl Routing {
         }
     }
 
-    /// Rows that write K/V: a skipped sequence holds none; a skipped token with `keys=all` does.
+    /// Rows that write K/V.
     pub(crate) fn keys(&self) -> Take {
-        match (self.queries(), self.settings.granularity.level, self.settings.keys) {
-            (Take::All, ..) | (_, Level::Token, Keys::All) => Take::All,
-            (Take::Active, ..) => Take::Active,
-        }
+        if self.settings.keeps_kv() { Take::All } else { Take::Active }
     }
 
     /// Rows that pass the MLP.
@@ -230,6 +227,7 @@ impl Model {
                 }
                 self.attention(be, st, l, chunk)?;
                 self.mlp(be, st, l, chunk)?;
+                st.passed(l, chunk)?;
             }
         }
         Ok(())

@@ -155,6 +155,13 @@ impl Default for RouterSettings {
 }
 
 impl RouterSettings {
+    /// Whether skipped rows write K/V all the same: where attention is not what is skipped, and at token level with
+    /// [`Keys::All`].
+    pub fn keeps_kv(&self) -> bool {
+        let Granularity { target, level } = self.granularity;
+        target == Target::Mlp || level == Level::Token && self.keys == Keys::All
+    }
+
     /// Errors: Argument when a number is out of range.
     pub fn check(&self) -> Result<()> {
         let checked = |name: &str, value: f32, fits: bool, range: &str| {

@@ -4,10 +4,10 @@
 //! pages. In decode it reads nothing: pages for one more row are taken beforehand, and the counts of a step are learned at
 //! the beginning of the next ([`State::settle`]).
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 use crate::backend::{Backend, Ints, Mat, RowSet, StepKey, Take, UNDECIDED};
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::kv::{KvCache, Slot};
 use crate::memory::MemoryPlan;
 use crate::model::{Gates, Model, Routing};
@@ -66,12 +66,15 @@ impl Activity {
     }
 }
 
+/// Told how much of a prefill is done, as a share; breaks off when it says so.
+pub type Watch = Box<dyn Fn(f64) -> ControlFlow<()> + Send + Sync>;
+
 /// Everything that changes from step to step.
-#[derive(Debug)]
 pub(crate) struct State {
     pub plan: MemoryPlan,
     pub kv: KvCache,
     pub activity: Activity,
+    pub watch: Option<Watch>,
     phase: Phase,
     seqs: Vec<SeqRows>,
     /// Ends of sequences and chunks, ascending; the last is the number of rows.
@@ -94,6 +97,7 @@ impl State {
         State {
             kv: KvCache::new(plan.kv),
             activity: Activity { tokens: 0, active: vec![0; layers] },
+            watch: None,
             phase: Phase::Prefill,
             seqs: Vec::with_capacity(batch),
             cuts: Vec::with_capacity(batch),
@@ -255,6 +259,16 @@ impl State {
             }
         }
         Ok(())
+    }
+
+    /// After a chunk of a layer: tells the watcher. Errors: Interrupted.
+    pub fn passed(&mut self, layer: usize, chunk: Chunk) -> Result<()> {
+        let rows = self.rows();
+        let done = (layer * rows + chunk.end) as f64 / (self.plan.kv.layers * rows) as f64;
+        match self.watch.as_ref().filter(|_| self.phase == Phase::Prefill).map(|watch| watch(done)) {
+            Some(ControlFlow::Break(())) => Err(Error::new(Kind::Interrupted, "interrupted while reading the prompt")),
+            _ => Ok(()),
+        }
     }
 
     /// After [`Route`](crate::backend::Route) in prefill: learns the counts and decisions of a layer and takes the pages

@@ -186,6 +186,11 @@ impl Weights {
         self.tensors.values().map(|t| t.data.len()).sum()
     }
 
+    /// Elements of all tensors.
+    pub fn parameters(&self) -> usize {
+        self.tensors.values().map(|t| t.shape.iter().product::<usize>()).sum()
+    }
+
     /// Bytes of the tensors by dtype, as the headers name it: `{"BF16": 269030784, "F32": 2304}`.
     pub fn dtypes(&self) -> BTreeMap<String, usize> {
         let mut sums = BTreeMap::new();

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 
 use super::*;
 use crate::error::{Error, Kind, ensure};
+use crate::machine::{self, instructions};
 use crate::tensor::{DType, Data, Tensor};
 use attention::Queries;
 use kv_pool::{KvPool, zeroed};
@@ -60,16 +61,11 @@ pub(crate) fn levels() -> Vec<Level> {
     let others: [Option<Level>; 0] = [];
     let mut levels = vec![best];
     for level in others.into_iter().flatten() {
-        if name(level) != name(best) {
+        if instructions(level) != instructions(best) {
             levels.push(level);
         }
     }
     levels
-}
-
-fn name(level: Level) -> String {
-    let text = format!("{level:?}").to_lowercase();
-    text.split('(').next().unwrap_or_default().replace("sse4_2", "sse4.2")
 }
 
 impl CpuBackend {
@@ -84,8 +80,8 @@ impl CpuBackend {
         let s = if threads.count() == 1 { "" } else { "s" };
         Ok(CpuBackend {
             info: DeviceInfo {
-                name: format!("cpu, {} thread{s}, {}", threads.count(), name(level)),
-                free_memory: free_memory(),
+                name: format!("cpu, {} thread{s}, {}", threads.count(), instructions(level)),
+                free_memory: machine::memory().1,
                 activations: DType::F32,
                 kv: DType::F32,
             },
@@ -100,15 +96,6 @@ impl CpuBackend {
             partial: Vec::new(),
         })
     }
-}
-
-/// Bytes that can be had without swapping, within the limit of the control group if there is one.
-fn free_memory() -> Option<u64> {
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
-    let machine = Some(system.available_memory()).filter(|&n| n > 0);
-    let group = system.cgroup_limits().map(|limits| limits.free_memory);
-    machine.into_iter().chain(group).min()
 }
 
 impl CpuBackend {
