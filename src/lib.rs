@@ -2,11 +2,14 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod bundle;
 pub mod config;
 pub mod engine;
 mod error;
 mod files;
 pub mod generation;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod kv;
 pub mod memory;
 pub mod model;
