@@ -2,15 +2,20 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod bundle;
 pub mod config;
 pub mod engine;
 mod error;
 mod files;
+pub mod generation;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod kv;
 pub mod machine;
 pub mod memory;
 pub mod model;
 pub mod router;
+pub mod sample;
 mod step;
 pub mod tensor;
 pub mod weights;
