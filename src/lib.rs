@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod chat;
 pub mod config;
 pub mod engine;
 mod error;
@@ -12,6 +13,7 @@ pub mod model;
 pub mod router;
 mod step;
 pub mod tensor;
+pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Kind, Result};
