@@ -3,6 +3,7 @@
 
 pub mod backend;
 pub mod bundle;
+pub mod chat;
 pub mod config;
 pub mod engine;
 mod error;
@@ -18,6 +19,7 @@ pub mod router;
 pub mod sample;
 mod step;
 pub mod tensor;
+pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Kind, Result};
