@@ -5,12 +5,14 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
+use crate::chat::ChatTemplate;
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::generation::GenerationConfig;
 use crate::router::RouterSet;
 use crate::tensor::Bytes;
+use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
 /// The name of the model inside the program: small, tells children's stories, and has trained routers. A folder of this
@@ -101,6 +103,22 @@ impl Bundle {
             Some(dir) => files::read_if_exists(&dir.join(name))?.map(Bytes::new),
             None => embedded_file(name).map(Bytes::new),
         })
+    }
+
+    /// The tokenizer, checked against the vocabulary. Errors: Io when there is none; Format; Mismatch.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let path = self.path("tokenizer.json");
+        let Some(json) = self.file("tokenizer.json")? else {
+            return Err(Error::new(Kind::Io, "no tokenizer.json").at(path).action("get it where the model is from"));
+        };
+        let tokenizer = Tokenizer::from_bytes(path, &json, self.file("tokenizer_config.json")?.as_deref())?;
+        tokenizer.check(self.config.vocab)?;
+        Ok(tokenizer)
+    }
+
+    /// The chat template, if the model has one. Errors: Io; Format.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        self.dir.as_deref().map_or(Ok(None), ChatTemplate::open)
     }
 
     /// The path of a file of the model, whether it exists or not; of the embedded one, something for messages.

@@ -8,6 +8,7 @@ pub mod config;
 pub mod engine;
 mod error;
 mod files;
+pub mod generate;
 pub mod generation;
 #[cfg(feature = "hub")]
 pub mod hub;

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::backend::{ALIGN, DeviceInfo, Ints, KvLayout, Mat, PAGE};
 use crate::config::Config;
-use crate::error::{Error, Kind, Result, ensure};
+use crate::error::{Error, Kind, Result};
 use crate::tensor::DType;
 
 /// How large a run may become; the knobs of the plan.
@@ -98,14 +98,16 @@ impl MemoryPlan {
     pub fn new(config: &Config, routed: usize, weights: u64, limits: Limits, device: &DeviceInfo) -> Result<Self> {
         let Limits { context, batch, rows, chunk, memory } = limits;
         for (name, value) in [("context", context), ("batch", batch), ("rows", rows), ("chunk", chunk)] {
-            ensure!(value > 0 && value < 1 << 31, Argument, "{name} is {value}, it must be from 1 to 2^31 - 1");
+            if !(1..1 << 31).contains(&value) {
+                return Err(
+                    Error::new(Kind::Argument, format!("{name} is {value}")).action("give 1 or more, below 2^31")
+                );
+            }
         }
-        ensure!(
-            context <= config.context,
-            Argument,
-            "a context of {context} tokens is longer than the model's {}",
-            config.context
-        );
+        if context > config.context {
+            let cause = format!("a context of {context} tokens is longer than the model's {}", config.context);
+            return Err(Error::new(Kind::Argument, cause).action("lower --context"));
+        }
         let pages_per_seq = context.div_ceil(PAGE);
         let pages = config.layers.checked_mul(batch).and_then(|n| n.checked_mul(pages_per_seq));
         let kv = KvLayout {

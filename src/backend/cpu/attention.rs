@@ -77,7 +77,7 @@ pub fn attend(
     }
 
     if tasks.len() >= 2 * threads.count() {
-        threads.each(tasks.into_par_iter(), |scratch, (share, out)| {
+        threads.each(usize::MAX, tasks.into_par_iter(), |scratch, (share, out)| {
             let work = Work::new(kv, queries, share);
             let mut memory = scratch.floats(2 * work.floats()).chunks_exact_mut(work.floats());
             let mut states = std::iter::from_fn(|| memory.next().map(|m| work.state(m)));
@@ -109,7 +109,8 @@ pub fn attend(
         totals.push(own.next().expect("memory"));
         parts.extend(work.segments().zip(own).map(|(segment, state)| (work, segment, state)));
     }
-    threads.each(parts.par_iter_mut(), |_, (work, segment, state)| {
+    let rows: usize = parts.iter().map(|(work, ..)| work.len() * SEGMENT.min(work.range(work.len() - 1).len())).sum();
+    threads.each(2 * rows * kv.layout.head_dim, parts.par_iter_mut(), |_, (work, segment, state)| {
         state.clear();
         dispatch!(threads.level, simd => work.see(simd, *segment, state));
     });

@@ -67,12 +67,13 @@ pub fn products<'a, 'o, const N: usize, O>(threads: &Threads, put: Put, of: [(So
 where
     O: Iterator<Item = &'o mut [f32]>,
 {
+    let work = of.iter().map(|(source, linear, _)| source.rows * linear.weight.len()).sum();
     let mut of = of.map(|(source, linear, out)| (source, linear, Blocks::new(threads, &source, &linear, out)));
     let tasks: Vec<_> = of
         .iter_mut()
         .flat_map(|(source, linear, blocks)| blocks.tasks().map(|(columns, out)| (*source, *linear, columns, out)))
         .collect();
-    threads.each(tasks.into_par_iter(), |scratch, (source, linear, columns, out)| {
+    threads.each(work, tasks.into_par_iter(), |scratch, (source, linear, columns, out)| {
         product(threads, scratch, &source, &linear, columns, put, out);
     });
 }
@@ -87,7 +88,8 @@ pub fn swiglu<'o>(
 ) {
     let mut blocks = Blocks::new(threads, &source, &gate, out);
     let tasks: Vec<_> = blocks.tasks().collect();
-    threads.each(tasks.into_par_iter(), |scratch, (columns, out)| {
+    let work = 2 * source.rows * gate.weight.len();
+    threads.each(work, tasks.into_par_iter(), |scratch, (columns, out)| {
         product(threads, scratch, &source, &gate, columns.clone(), Put::StoreSilu, out);
         product(threads, scratch, &source, &up, columns, Put::Multiply, out);
     });

@@ -7,7 +7,10 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::simd::{LANES, Line};
-use crate::error::{Error, Kind, Result, ensure};
+use crate::error::{Error, Kind, Result};
+
+/// A fork wakes a thread in 2 to 5 µs, in which one does as many multiply-adds as this.
+const WORTH_A_FORK: usize = 1 << 17;
 
 /// A pool of threads. Cloning shares.
 #[derive(Clone)]
@@ -40,7 +43,9 @@ impl Threads {
     /// `count` threads, or one for every core that this process may use. Errors: Argument for 0 or more than 1024.
     pub fn new(count: Option<usize>, level: Level) -> Result<Self> {
         let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-        ensure!((1..=1024).contains(&count), Argument, "{count} threads; give a number from 1 to 1024");
+        if !(1..=1024).contains(&count) {
+            return Err(Error::new(Kind::Argument, format!("{count} threads")).action("give a number from 1 to 1024"));
+        }
         let pool = ThreadPoolBuilder::new().num_threads(count).thread_name(|i| format!("mindskip-{i}")).build();
         let pool = pool.map_err(|e| {
             Error::new(Kind::Memory, format!("{count} threads cannot be started: {e}"))
@@ -58,13 +63,17 @@ impl Threads {
         self.pool.install(body)
     }
 
-    /// Runs `work` on every task, on all threads, with the thread's scratch memory.
+    /// Runs `work` on every task with the thread's scratch memory: on all threads, or on this one when the multiply-adds of
+    /// all tasks together are so few that a fork costs more than it saves.
     pub fn each<T: Send>(
         &self,
+        multiply_adds: usize,
         tasks: impl IndexedParallelIterator<Item = T>,
         work: impl Fn(&mut Scratch, T) + Send + Sync,
     ) {
-        self.enter(|| tasks.with_max_len(1).for_each(|task| work(&mut self.own_scratch(), task)));
+        let at_once = if multiply_adds < WORTH_A_FORK { usize::MAX } else { 1 };
+        let tasks = tasks.with_min_len(at_once).with_max_len(at_once);
+        self.enter(|| tasks.for_each(|task| work(&mut self.own_scratch(), task)));
     }
 
     /// Nobody else takes it: a thread runs one task at a time. Poisoned memory is as good as any, it holds no promise.

@@ -1,0 +1,222 @@
+//! Arguments that several commands share, and what they come to: a model, its routing, an engine.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use mindskip::bundle::{Bundle, EMBEDDED};
+use mindskip::engine::{DEFAULT_CHUNK, Engine, Options};
+use mindskip::memory::parse_size;
+use mindskip::model::{Gates, Routing};
+use mindskip::router::{Granularity, Keys, LayerSpec, Overrides, RouterSet, RouterSettings, Select};
+use mindskip::sample::SamplerSettings;
+use mindskip::{Error, Kind, Result};
+
+use super::bad;
+use super::progress;
+
+#[derive(Args)]
+pub struct ModelArgs {
+    /// The embedded model, the folder of a Hugging Face model, or its id on the hub (org/name).
+    #[arg(short, long, default_value = EMBEDDED, value_name = "NAME")]
+    pub model: String,
+}
+
+impl ModelArgs {
+    pub fn load(&self) -> Result<Bundle> {
+        Bundle::load(&self.model)
+    }
+}
+
+/// Routing. Whatever is given overrides what the router file says.
+#[derive(Args)]
+#[command(next_help_heading = "Routing")]
+pub struct RoutingArgs {
+    /// Trained routers; "none" for the dense model. The embedded model uses its own when nothing is given.
+    #[arg(long, value_name = "FILE")]
+    routers: Option<PathBuf>,
+    /// What is skipped, and what decides: attn, mlp or block, by token or sequence (attn_token …).
+    #[arg(long, value_name = "NAME", value_parser = granularity)]
+    granularity: Option<Granularity>,
+    /// Whose keys and values a routed layer holds: all, active.
+    #[arg(long, value_name = "WHOSE", value_parser = keys)]
+    keys: Option<Keys>,
+    /// How scores decide: threshold, or topk of each prompt (Mixture-of-Depths).
+    #[arg(long, value_name = "HOW", value_parser = select)]
+    select: Option<Select>,
+    /// Active from this score on, 0 to 1.
+    #[arg(long, value_name = "SCORE", allow_negative_numbers = true)]
+    threshold: Option<f32>,
+    /// Routed layers: last:N (before the final one), all, 3-9, 1,2,5. Of a router file, only these.
+    #[arg(long, value_parser = layers)]
+    layers: Option<LayerSpec>,
+    /// The share that --select topk takes; else a random mask with this share active, which needs no routers.
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    capacity: Option<f32>,
+    /// Of the random mask.
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    mask_seed: u64,
+}
+
+fn granularity(text: &str) -> Result<Granularity> {
+    text.parse()
+}
+fn keys(text: &str) -> Result<Keys> {
+    text.parse()
+}
+fn select(text: &str) -> Result<Select> {
+    text.parse()
+}
+fn layers(text: &str) -> Result<LayerSpec> {
+    text.parse()
+}
+
+impl RoutingArgs {
+    /// The routing that was asked for; None: dense. Errors: Argument for settings without routers, those of
+    /// [`RouterSet::open`] and [`RouterSet::check`].
+    pub fn routing(&self, bundle: &Bundle) -> Result<Option<Routing>> {
+        let overrides = Overrides {
+            granularity: self.granularity,
+            keys: self.keys,
+            select: self.select,
+            threshold: self.threshold,
+            capacity: self.capacity,
+        };
+        let set = match &self.routers {
+            Some(path) if path.as_os_str() == "none" => None,
+            Some(path) => Some(RouterSet::open(path)?),
+            None => bundle.routers.clone(),
+        };
+        let top_k = self.select == Some(Select::TopK);
+        if let Some(capacity) = self.capacity.filter(|_| !(top_k && set.is_some())) {
+            return self.random(bundle, set, overrides, capacity).map(Some);
+        }
+        let Some(mut set) = set else {
+            if overrides == Overrides::default() && self.layers.is_none() {
+                return Ok(None);
+            }
+            return bad(
+                "routing was asked for, but there are no routers",
+                "give --routers FILE, or --capacity for a random mask",
+            );
+        };
+        set.check(&bundle.config, &bundle.weights.fingerprint())?;
+        set.settings = overrides.apply(set.settings)?;
+        if let Some(spec) = &self.layers {
+            let wanted = spec.resolve(bundle.config.layers)?;
+            if let Some(layer) = wanted.iter().find(|l| !set.weights.contains_key(l)) {
+                let there: Vec<_> = set.weights.keys().map(usize::to_string).collect();
+                return bad(
+                    format!("there is no router for layer {layer}"),
+                    &format!("choose from {}", there.join(",")),
+                );
+            }
+            set.weights.retain(|layer, _| wanted.contains(layer));
+        }
+        Ok(Some(Routing::routers(set)))
+    }
+
+    /// A random mask: over the layers that were asked for, or those of the routers, or the upper half.
+    fn random(&self, bundle: &Bundle, set: Option<RouterSet>, overrides: Overrides, capacity: f32) -> Result<Routing> {
+        if !(0.0..=1.0).contains(&capacity) {
+            return bad(format!("--capacity is {capacity}"), "give a share from 0 to 1");
+        }
+        let base = set.as_ref().map_or_else(RouterSettings::default, |set| set.settings);
+        let settings = Overrides { select: Some(Select::Threshold), capacity: None, ..overrides }.apply(base)?;
+        let layers = match (&self.layers, set) {
+            (Some(spec), _) => spec.resolve(bundle.config.layers)?,
+            (None, Some(set)) => set.weights.into_keys().collect(),
+            (None, None) => LayerSpec::Last(bundle.config.layers.div_ceil(2).min(bundle.config.layers - 1).max(1))
+                .resolve(bundle.config.layers)?,
+        };
+        Ok(Routing { settings, layers, gates: Gates::Random { capacity, seed: self.mask_seed } })
+    }
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Machine")]
+pub struct RunArgs {
+    /// Where to run: cpu, cuda or auto.
+    #[arg(long, default_value = "auto", value_parser = ["cpu", "cuda", "auto"])]
+    device: String,
+    /// CPU threads; as many as there are cores when nothing is given.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// What weights, activations and K/V may take together, such as 8G; all that is free when nothing is given.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Tokens of a sequence, prompt and answer together; no more than needed when nothing is given.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Tokens that pass a layer together while a prompt is read.
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK)]
+    chunk: usize,
+}
+
+impl RunArgs {
+    /// An engine for `batch` sequences of `context` tokens, `rows` of which are read in one prefill.
+    pub fn engine(
+        &self,
+        bundle: Bundle,
+        routing: Option<Routing>,
+        batch: usize,
+        context: usize,
+        rows: usize,
+    ) -> Result<Engine> {
+        let mut engine = Engine::new(bundle.config, bundle.weights, routing, &self.options(batch, context, rows)?)?;
+        engine.watch(progress::reading());
+        Ok(engine)
+    }
+
+    pub fn options(&self, batch: usize, context: usize, rows: usize) -> Result<Options> {
+        if self.device == "cuda" {
+            return Err(
+                Error::new(Kind::Unsupported, "this build runs on the CPU only").action("use --device cpu or auto")
+            );
+        }
+        let Self { threads, memory, chunk, .. } = *self;
+        Ok(Options { threads, context: Some(self.context.unwrap_or(context)), batch, rows: Some(rows), chunk, memory })
+    }
+}
+
+/// Sampling. What is not given is as generation_config.json says, or greedy.
+#[derive(Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SampleArgs {
+    /// 0 takes the best token always; higher is more varied.
+    #[arg(short, long, value_name = "T", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Only the K best tokens.
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    top_k: Option<usize>,
+    /// Only the best tokens that together have this probability.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Only tokens at least this probable, relative to the best.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Above 1, tokens that occurred become less likely.
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    repetition_penalty: Option<f32>,
+    /// The same seed gives the same text.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The same as --temperature 0.
+    #[arg(long, conflicts_with = "temperature")]
+    greedy: bool,
+}
+
+impl SampleArgs {
+    pub fn settings(&self, bundle: &Bundle) -> Result<SamplerSettings> {
+        let base = bundle.generation.settings(self.seed);
+        let settings = SamplerSettings {
+            temperature: if self.greedy { 0.0 } else { self.temperature.unwrap_or(base.temperature) },
+            top_k: self.top_k.or(base.top_k),
+            top_p: self.top_p.unwrap_or(base.top_p),
+            min_p: self.min_p.unwrap_or(base.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),
+            seed: self.seed,
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+}

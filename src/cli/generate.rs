@@ -1,0 +1,263 @@
+//! `mindskip generate`.
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use clap::Args;
+use mindskip::bundle::Bundle;
+use mindskip::chat::{ChatTemplate, Message};
+use mindskip::engine::Engine;
+use mindskip::generate::{Answer, Finish, Timing, Turn, generate};
+use mindskip::sample::Sampler;
+use mindskip::tokenizer::Tokenizer;
+use mindskip::{Error, Kind, Result};
+use serde_json::json;
+
+use super::args::{ModelArgs, RoutingArgs, RunArgs, SampleArgs};
+use super::progress::{catch_interrupts, interrupted};
+use super::show::{Usage, routing_line, timing_line};
+use super::{Failure, Outcome, Ran, bad, print_json};
+
+/// Continues prompts, or answers them with --chat
+///
+/// The text goes to standard output as it is made, everything else to standard error.
+#[derive(Args)]
+pub struct Generate {
+    /// Several are a batch. Without any, the prompt is what standard input gives.
+    prompts: Vec<String>,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// A file that holds a prompt; may be given several times.
+    #[arg(short, long = "file", value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// A prompt of token ids: 1,2,3.
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompts", "files", "chat"])]
+    ids: Vec<u32>,
+    /// A file of token ids, separated by commas or white space.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompts", "files", "chat", "ids"])]
+    ids_file: Option<PathBuf>,
+    /// The prompt is a message to the model, put into its chat template.
+    #[arg(long)]
+    chat: bool,
+    /// With --chat: what the system message says.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    system: Option<String>,
+    /// Tokens to make at most, for each prompt.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    /// A text that ends the answer, and is left out; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Goes on when the model wants to end.
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Shows speed, the capacity of every routed layer and the K/V saved.
+    #[arg(long)]
+    stats: bool,
+    /// One JSON object with texts, ids and figures, at the end.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    routing: RoutingArgs,
+    #[command(flatten)]
+    sampling: SampleArgs,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+impl Generate {
+    pub fn run(self) -> Ran {
+        let _noted = catch_interrupts();
+        let bundle = self.model.load()?;
+        let routing = self.routing.routing(&bundle)?;
+        let tokenizer = bundle.tokenizer()?;
+        let sampling = self.sampling.settings(&bundle)?;
+        let prompts = self.prompts(&bundle, &tokenizer)?;
+        let (model, eos) = (bundle.name.clone(), if self.ignore_eos { Vec::new() } else { bundle.eos().to_vec() });
+
+        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let room = bundle.config.context;
+        if longest > self.run.context.unwrap_or(room) {
+            return Err(too_long(longest, self.run.context.unwrap_or(room)).into());
+        }
+        let context = longest.saturating_add(self.max_tokens).min(room);
+        let rows = prompts.iter().map(Vec::len).sum();
+        let mut engine = self.run.engine(bundle, routing, prompts.len(), context, rows)?;
+        if self.stats && !self.json {
+            eprintln!("{model}: {}; {}", routing_line(engine.routing()), engine.device().name);
+        }
+
+        let mut turns = Vec::with_capacity(prompts.len());
+        for (i, prompt) in prompts.into_iter().enumerate() {
+            turns.push(Turn {
+                seq: engine.open()?,
+                prompt,
+                history: Vec::new(),
+                sampler: Sampler::for_sequence(sampling, i as u64)?,
+                max_tokens: self.max_tokens,
+                eos: eos.clone(),
+                stop: self.stop.clone(),
+            });
+        }
+        let mut printer = Printer { stream: turns.len() == 1 && !self.json, failed: None };
+        let made = generate(&mut engine, &tokenizer, &mut turns, &mut |_, text| printer.print(text));
+        if let Some(e) = printer.failed {
+            return Err(e.into());
+        }
+        let (answers, timing) = made?;
+        self.show(&model, &mut engine, &turns, &answers, &timing)?;
+        let broken_off = answers.iter().any(|a| a.finish == Finish::Interrupted);
+        Ok(if broken_off { Outcome::Interrupted } else { Outcome::Done })
+    }
+
+    /// The prompts as tokens.
+    fn prompts(&self, bundle: &Bundle, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
+        if !self.ids.is_empty() {
+            return Ok(vec![self.ids.clone()]);
+        }
+        if let Some(path) = &self.ids_file {
+            return Ok(vec![read_ids(path)?]);
+        }
+        let mut texts = self.prompts.clone();
+        for path in &self.files {
+            texts.push(read_text(path)?);
+        }
+        if texts.is_empty() {
+            texts.push(read_stdin()?);
+        }
+        let template = if self.chat { Some(template(bundle)?) } else { None };
+        texts.iter().map(|text| self.encode(text, template.as_ref(), tokenizer)).collect()
+    }
+
+    fn encode(&self, text: &str, template: Option<&ChatTemplate>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        if text.is_empty() {
+            return bad("the prompt is empty", "give some text");
+        }
+        let Some(template) = template else { return tokenizer.encode(text, true) };
+        let system = self.system.iter().map(|text| Message::new("system", text.as_str()));
+        let messages: Vec<_> = system.chain([Message::new("user", text)]).collect();
+        // The template writes the special tokens itself.
+        tokenizer.encode(&template.render(&messages, true, &Default::default())?, false)
+    }
+
+    fn show(
+        &self,
+        model: &str,
+        engine: &mut Engine,
+        turns: &[Turn],
+        answers: &[Answer],
+        timing: &Timing,
+    ) -> std::result::Result<(), Failure> {
+        let usage = Usage::of(engine)?;
+        if self.json {
+            let answers: Vec<_> = turns
+                .iter()
+                .zip(answers)
+                .map(|(turn, answer)| {
+                    json!({
+                        "prompt_tokens": turn.prompt.len(), "text": answer.text, "ids": answer.tokens,
+                        "finish": answer.finish.name(),
+                    })
+                })
+                .collect();
+            let mut value = json!({
+                "model": model,
+                "device": engine.device().name,
+                "routing": routing_line(engine.routing()),
+                "answers": answers,
+                "prompt_tokens": timing.prompt_tokens,
+                "prefill_tokens_per_s": timing.prefill_rate(),
+                "decoded_tokens": timing.decoded_tokens,
+                "decode_tokens_per_s": timing.decode_rate(),
+                "time_to_first_token_s": timing.first_token.as_secs_f64(),
+            });
+            let (value_map, usage) = (value.as_object_mut().expect("an object"), usage.json());
+            value_map.extend(usage.as_object().expect("an object").clone());
+            print_json(&value)?;
+            return Ok(());
+        }
+        let mut out = io::stdout().lock();
+        if let [answer] = answers {
+            if !answer.text.ends_with('\n') {
+                writeln!(out)?;
+            }
+        } else {
+            for (i, answer) in answers.iter().enumerate() {
+                writeln!(out, "--- {} ---\n{}", i + 1, answer.text.trim_end_matches('\n'))?;
+            }
+        }
+        out.flush()?;
+        if self.stats {
+            let mut err = io::stderr().lock();
+            let _ = writeln!(err, "\n{}", timing_line(timing));
+            if !usage.layers.is_empty() {
+                let _ = writeln!(err, "capacity {:.1}% of the routed layers", usage.capacity() * 100.0);
+                let _ = usage.print_layers(&mut err);
+            }
+            let _ = writeln!(err, "K/V {}", usage.kv_line());
+        }
+        Ok(())
+    }
+}
+
+/// The model's chat template. Errors: Argument when it has none.
+pub fn template(bundle: &Bundle) -> Result<ChatTemplate> {
+    match bundle.chat_template()? {
+        Some(template) => Ok(template),
+        None => bad(format!("{} has no chat template", bundle.name), "use a model that was made for chat"),
+    }
+}
+
+pub fn too_long(tokens: usize, context: usize) -> Error {
+    Error::new(Kind::Argument, format!("the prompt has {tokens} tokens, longer than the context of {context}"))
+        .action("shorten it, or raise --context where the model allows it")
+}
+
+/// Token ids from a file. Errors: Io; Argument.
+pub fn read_ids(path: &PathBuf) -> Result<Vec<u32>> {
+    let text = read_text(path)?;
+    let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|word| !word.is_empty());
+    words
+        .map(|word| {
+            word.parse().map_err(|_| {
+                Error::new(Kind::Argument, format!("{word:?} is no token id"))
+                    .at(path)
+                    .action("give numbers, separated by commas or white space")
+            })
+        })
+        .collect()
+}
+
+/// A text file. Errors: Io; Argument when it is not UTF-8.
+pub fn read_text(path: &PathBuf) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    String::from_utf8(bytes)
+        .map_err(|_| Error::new(Kind::Argument, "not UTF-8 text").at(path).action("convert it to UTF-8"))
+}
+
+fn read_stdin() -> Result<String> {
+    if io::stdin().is_terminal() {
+        return bad("no prompt", "give one as an argument, with --file, or on standard input");
+    }
+    let mut bytes = Vec::new();
+    io::stdin().read_to_end(&mut bytes).map_err(|e| Error::io("standard input", e))?;
+    String::from_utf8(bytes)
+        .map_err(|_| Error::new(Kind::Argument, "standard input is not UTF-8 text").action("convert it to UTF-8"))
+}
+
+/// Writes text as it is made.
+struct Printer {
+    stream: bool,
+    failed: Option<io::Error>,
+}
+
+impl Printer {
+    fn print(&mut self, text: &str) -> ControlFlow<()> {
+        if self.stream && !text.is_empty() {
+            let mut out = io::stdout().lock();
+            self.failed = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
+        }
+        if self.failed.is_some() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}

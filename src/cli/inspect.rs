@@ -1,0 +1,237 @@
+//! `mindskip inspect`.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use mindskip::bundle::{Bundle, EMBEDDED};
+use mindskip::config::{Config, Rope, Scaling};
+use mindskip::engine::Engine;
+use mindskip::memory::{MemoryPlan, Size};
+use mindskip::router::RouterSet;
+use mindskip::{Error, Result};
+use serde_json::{Map, Value, json};
+
+use super::args::RunArgs;
+use super::show::{layer_list, settings_line};
+use super::{Outcome, Ran, print_json};
+
+/// What a model or a router file is, and what memory a run would take
+#[derive(Args)]
+pub struct Inspect {
+    /// The embedded model, a model folder, an id on the hub, or a router file.
+    #[arg(default_value = EMBEDDED)]
+    name: String,
+    /// Routers to look at with the model; the embedded model has its own.
+    #[arg(long, value_name = "FILE")]
+    routers: Option<PathBuf>,
+    /// Sequences that run together.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    batch: usize,
+    /// Lists every buffer of the memory plan.
+    #[arg(long)]
+    plan: bool,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+impl Inspect {
+    pub fn run(self) -> Ran {
+        let path = Path::new(&self.name);
+        if self.name != EMBEDDED && path.is_file() && path.extension().is_some_and(|e| e == "safetensors") {
+            let set = RouterSet::open(path)?;
+            if self.json {
+                print_json(&routers_json(&set))?;
+            } else {
+                let mut out = io::stdout().lock();
+                writeln!(out, "{}", path.display())?;
+                print_routers(&mut out, &set)?;
+            }
+            return Ok(Outcome::Done);
+        }
+        let bundle = Bundle::load(&self.name)?;
+        let routers = match &self.routers {
+            Some(path) => Some(RouterSet::open(path)?),
+            None => bundle.routers.clone(),
+        };
+        if let Some(set) = &routers {
+            set.check(&bundle.config, &bundle.weights.fingerprint())?;
+        }
+        let context = bundle.config.context.min(4096);
+        let context = self.run.context.unwrap_or(context);
+        let options = self.run.options(self.batch, context, context)?;
+        let routed = routers.as_ref().map_or(0, |set| set.weights.len());
+        let plan = Engine::plan_for(&bundle.config, &bundle.weights, routed, &options);
+        if self.json {
+            print_json(&model_json(&bundle, routers.as_ref(), &plan))?;
+        } else {
+            self.print(&bundle, routers.as_ref(), &plan)?;
+        }
+        Ok(Outcome::Done)
+    }
+
+    fn print(&self, bundle: &Bundle, routers: Option<&RouterSet>, plan: &Result<MemoryPlan>) -> io::Result<()> {
+        let (c, weights) = (&bundle.config, &bundle.weights);
+        let mut out = io::stdout().lock();
+        let place = bundle.dir.as_ref().map_or("embedded".into(), |dir| dir.display().to_string());
+        writeln!(out, "{} ({place})", bundle.name)?;
+        let mut line = |name: &str, text: String| writeln!(out, "  {name:<13} {text}");
+        line(
+            "architecture",
+            format!("{}, {} layers, hidden {}, MLP {}", c.family, c.layers, c.hidden, c.intermediate),
+        )?;
+        line("attention", format!("{} heads of {} on {} K/V heads{}", c.heads, c.head_dim, c.kv_heads, windows(c)))?;
+        line("positions", format!("{} tokens, {}", c.context, rope(&c.rope)))?;
+        let head = if c.tied { "tied to the embedding" } else { "of its own" };
+        line("vocabulary", format!("{} tokens, output head {head}", c.vocab))?;
+        let dtypes: Vec<_> = weights.dtypes().iter().map(|(d, n)| format!("{} {d}", Size(*n as u64))).collect();
+        let parameters = weights.parameters() as f64 / 1e6;
+        line(
+            "weights",
+            format!("{parameters:.1}M parameters, {}, {} file(s)", dtypes.join(" + "), weights.files().len()),
+        )?;
+        line(
+            "tokenizer",
+            match bundle.tokenizer() {
+                Ok(t) => format!(
+                    "{} ids{}",
+                    t.vocab_size(),
+                    if t.vocab_size() < c.vocab { ", fewer than the model has" } else { "" }
+                ),
+                Err(e) => format!("none: {e}"),
+            },
+        )?;
+        line(
+            "chat template",
+            match bundle.chat_template() {
+                Ok(Some(_)) => "yes".into(),
+                Ok(None) => "none".into(),
+                Err(e) => format!("broken: {e}"),
+            },
+        )?;
+        line("fingerprint", weights.fingerprint())?;
+        match routers {
+            None => line("routers", "none; --routers FILE looks at some".into())?,
+            Some(set) => print_routers(&mut out, set)?,
+        }
+        match plan {
+            Err(e) => writeln!(out, "  {:<13} {e}", "memory"),
+            Ok(plan) => print_plan(&mut out, plan, routers, self.plan),
+        }
+    }
+}
+
+fn windows(c: &Config) -> String {
+    match (c.windows.iter().flatten().next(), c.windows.iter().flatten().count()) {
+        (Some(w), n) if n == c.layers => format!(", sliding window of {w}"),
+        (Some(w), n) => format!(", sliding window of {w} in {n} layers"),
+        (None, _) => String::new(),
+    }
+}
+
+fn rope(rope: &Rope) -> String {
+    match rope.scaling {
+        Scaling::None => format!("rope_theta {}", rope.theta),
+        Scaling::Linear { factor } => format!("rope_theta {}, linear scaling by {factor}", rope.theta),
+        Scaling::Llama3 { factor, original_context, .. } => {
+            format!("rope_theta {}, llama3 scaling by {factor} from {original_context}", rope.theta)
+        }
+    }
+}
+
+fn print_routers(out: &mut dyn Write, set: &RouterSet) -> io::Result<()> {
+    let layers: Vec<_> = set.weights.keys().copied().collect();
+    let width = set.weights.values().next().map_or(0, Vec::len);
+    writeln!(out, "  {:<13} {}", "routers", settings_line(&set.settings))?;
+    writeln!(out, "  {:<13} {} layers, {}, hidden {width}", "", layers.len(), layer_list(&layers))?;
+    if let Some(fingerprint) = &set.fingerprint {
+        writeln!(out, "  {:<13} for the model {fingerprint}", "")?;
+    }
+    for (name, value) in set.metadata.iter().filter(|(name, _)| *name != "format") {
+        writeln!(out, "  {:<13} {name}: {value}", "")?;
+    }
+    Ok(())
+}
+
+fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routers: Option<&RouterSet>, all: bool) -> io::Result<()> {
+    let limits = &plan.limits;
+    let total = format!("{} for {} x {} tokens", Size(plan.total()), limits.batch, limits.context);
+    let available = plan.available.map_or(String::new(), |n| format!(", {} are free", Size(n)));
+    writeln!(out, "  {:<13} {total}{available}", "memory")?;
+    let mut line = |name: &str, bytes: u64, what: String| {
+        writeln!(out, "  {:<13} {:>9}  {name}{what}", "", Size(bytes).to_string())
+    };
+    line("weights", plan.weights, ", in place in the mapped file".into())?;
+    line(
+        "activations",
+        plan.arena + plan.ints,
+        format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk),
+    )?;
+    line("K/V", plan.kv_bytes(), format!(", {} pages of {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64)))?;
+    if let Some(set) = routers.filter(|set| !set.settings.keeps_kv()) {
+        for capacity in [0.5, 0.0] {
+            let bytes = plan.kv_bytes() as f64 * kept(plan, set, capacity);
+            line("K/V", bytes as u64, format!(" at capacity {capacity}"))?;
+        }
+    }
+    if all {
+        for (name, bytes) in plan.buffers.list() {
+            line(name, bytes as u64, String::new())?;
+        }
+    }
+    Ok(())
+}
+
+/// The share of the dense K/V at a capacity of the routed layers.
+fn kept(plan: &MemoryPlan, set: &RouterSet, capacity: f64) -> f64 {
+    1.0 - set.weights.len() as f64 / plan.kv.layers as f64 * (1.0 - capacity)
+}
+
+fn routers_json(set: &RouterSet) -> Value {
+    json!({
+        "granularity": set.settings.granularity.to_string(),
+        "keys": set.settings.keys.name(),
+        "select": set.settings.select.name(),
+        "threshold": set.settings.threshold,
+        "capacity": set.settings.capacity,
+        "layers": set.weights.keys().collect::<Vec<_>>(),
+        "hidden": set.weights.values().next().map_or(0, Vec::len),
+        "fingerprint": set.fingerprint,
+        "metadata": set.metadata,
+    })
+}
+
+fn model_json(bundle: &Bundle, routers: Option<&RouterSet>, plan: &Result<MemoryPlan>) -> Value {
+    let (c, weights) = (&bundle.config, &bundle.weights);
+    let dtypes: Map<String, Value> = weights.dtypes().into_iter().map(|(d, n)| (d, n.into())).collect();
+    json!({
+        "name": bundle.name,
+        "dir": bundle.dir,
+        "family": c.family.name(),
+        "layers": c.layers, "hidden": c.hidden, "intermediate": c.intermediate,
+        "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
+        "vocab": c.vocab, "context": c.context, "tied": c.tied, "rope_theta": c.rope.theta,
+        "windows": c.windows,
+        "parameters": weights.parameters(),
+        "weight_bytes_by_dtype": dtypes,
+        "fingerprint": weights.fingerprint(),
+        "routers": routers.map(routers_json),
+        "memory": match plan {
+            Ok(plan) => plan_json(plan),
+            Err(e) => json!({"error": Error::to_string(e)}),
+        },
+    })
+}
+
+fn plan_json(plan: &MemoryPlan) -> Value {
+    json!({
+        "batch": plan.limits.batch, "context": plan.limits.context,
+        "weights": plan.weights, "activations": plan.arena + plan.ints, "kv": plan.kv_bytes(), "total": plan.total(),
+        "free": plan.available,
+        "kv_pages": plan.kv.pages, "kv_page_bytes": plan.kv.page_bytes(),
+        "buffers": plan.buffers.list().into_iter().map(|(n, b)| (n.to_owned(), b.into())).collect::<Map<_, _>>(),
+    })
+}
