@@ -46,10 +46,6 @@ impl KvCache {
         }
     }
 
-    pub fn layout(&self) -> &KvLayout {
-        &self.layout
-    }
-
     /// Takes a slot for a new sequence. Errors: Memory when all are open.
     pub fn open(&mut self) -> Result<Slot> {
         let slot = self.free_slots.pop().ok_or_else(|| {
@@ -126,6 +122,7 @@ impl KvCache {
     }
 
     /// Whether no sequence is open.
+    #[cfg(test)]
     pub fn is_empty(&self) -> bool {
         self.free_slots.len() == self.layout.slots
     }

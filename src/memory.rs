@@ -298,7 +298,8 @@ pub fn parse_size(text: &str) -> Result<u64> {
         "t" => 40,
         _ => return Err(bad()),
     };
-    if !(value >= 0.0 && value < 1e9) && !(shift == 0 && (0.0..1.8e19).contains(&value)) {
+    let limit = if shift == 0 { 1.8e19 } else { 1e9 };
+    if !(0.0..limit).contains(&value) {
         return Err(bad());
     }
     Ok((value * (1u64 << shift) as f64) as u64)

@@ -93,7 +93,7 @@ impl Tensor {
     pub fn new(dtype: DType, rows: usize, cols: usize, bytes: Bytes) -> Result<Self> {
         let wanted = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
         ensure!(wanted == Some(bytes.len()), Shape, "{} bytes are not a [{rows}, {cols}] {dtype} tensor", bytes.len());
-        let bytes = if bytes.as_ptr() as usize % dtype.size() == 0 { bytes } else { aligned_copy(&bytes) };
+        let bytes = if (bytes.as_ptr() as usize).is_multiple_of(dtype.size()) { bytes } else { aligned_copy(&bytes) };
         Ok(Tensor { dtype, rows, cols, bytes })
     }
 

@@ -65,8 +65,7 @@ impl Chat {
             unread: Vec::new(),
             sampler,
         };
-        loop {
-            let Some(line) = ask()? else { break };
+        while let Some(line) = ask()? {
             match line.trim() {
                 "" => continue,
                 "/quit" | "/exit" => break,

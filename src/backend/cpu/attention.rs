@@ -4,6 +4,9 @@
 //! are merged in order. In prefill a thread takes some query rows and walks their segments, in decode every segment is a
 //! task of its own; the additions are the same, so the results are, to the last bit and for any number of threads.
 
+// Accumulators stay in registers only in loops over constants, by index.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use fearless_simd::prelude::*;

@@ -5,6 +5,9 @@
 //! by row. Many rows (prefill) widen six weight rows at a time into the first-level cache and pass all source rows over
 //! them in tiles of 4 x 6 accumulators. Both add up in the same order, so that prefill and decode agree to the last bit.
 
+// Accumulators stay in registers only in loops over constants, by index.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 
 use fearless_simd::dispatch;

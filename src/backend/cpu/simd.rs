@@ -81,6 +81,7 @@ pub fn sums_of_8<S: Simd>(simd: S, v: [V<S>; LANES / 2]) -> V<S> {
 #[inline(always)]
 fn halve<S: Simd, const N: usize, const HALF: usize>(simd: S, v: [V<S>; N]) -> [V<S>; HALF] {
     let mut sums = [v[0]; HALF];
+    #[allow(clippy::needless_range_loop)]
     for i in 0..HALF {
         let (a, b) = (v[2 * i], v[2 * i + 1]);
         sums[i] = simd.unzip_low_f32x16(a, b) + simd.unzip_high_f32x16(a, b);
