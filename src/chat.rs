@@ -92,7 +92,7 @@ impl ChatTemplate {
         let template = match (template, settings.chat_template) {
             (Some(bytes), _) => {
                 let source = String::from_utf8(bytes)
-                    .map_err(|e| Error::new(Kind::Format, format!("not UTF-8: {e}")).at(&jinja).action(ACTION))?;
+                    .map_err(|e| Error::new(Kind::Format, format!("not UTF-8: {e}")).at(&jinja).action(OTHER))?;
                 Self::new(&jinja, &source)?
             }
             (None, Some(value)) => match default_template(value) {
@@ -110,9 +110,9 @@ impl ChatTemplate {
     /// Errors: Format, with the line; Unsupported for what is too long.
     pub fn new(path: impl AsRef<Path>, source: &str) -> Result<ChatTemplate> {
         let path = path.as_ref().to_owned();
-        let unsupported = |cause: String| Error::new(Kind::Unsupported, cause).at(&path).action(ACTION);
         if source.len() > MAX_SOURCE {
-            return Err(unsupported(format!("a template of {} bytes", source.len())));
+            let cause = format!("a template of {} bytes; the limit is {MAX_SOURCE}", source.len());
+            return Err(Error::new(Kind::Unsupported, cause).at(path).action(OTHER));
         }
         // Jinja2 reads all line ends as \n.
         let source = without_generation(&source.replace("\r\n", "\n").replace('\r', "\n"));
@@ -128,7 +128,7 @@ impl ChatTemplate {
             environment.add_function("raise_exception", raise_exception);
             environment.add_template_owned(NAME, source).map(|()| environment)
         });
-        let environment = compiled.map_err(unsupported)?.map_err(|e| explain(&e).at(&path))?;
+        let environment = compiled.and_then(|result| result.map_err(|e| explain(&e))).map_err(|e| e.at(&path))?;
         Ok(ChatTemplate { path, environment, variables: Map::new(), patience: PATIENCE })
     }
 
@@ -197,47 +197,50 @@ impl ChatTemplate {
         let patience = self.patience + Duration::from_secs(bytes >> 18);
         let stack = fuel.saturating_mul(STACK_PER_FUEL);
         let text = aside(stack, patience, move || environment.get_template(NAME)?.render(context));
-        let text = text.map_err(|cause| Error::new(Kind::Unsupported, cause).action(ACTION));
         text.and_then(|result| result.map_err(|e| explain(&e)))
             .map_err(|e| e.at(&self.path).during("rendering the chat template"))
     }
 }
 
-/// Runs something on a thread of its own with some MiB and `stack` more bytes of stack, and waits so long for it.
+/// Runs something on a thread of its own, with some MiB and `stack` more bytes of stack, and waits for it for so long.
 ///
-/// Errors: that it took longer, in which case it is left to itself, or panicked.
-fn aside<T: Send + 'static>(
-    stack: u64,
-    patience: Duration,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, String> {
-    let stack = (stack + (8 << 20)).min(MAX_STACK) as usize;
+/// Errors: Unsupported when it takes longer, in which case it is left to itself; Memory when there is no such thread.
+fn aside<T: Send + 'static>(stack: u64, patience: Duration, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let stack = stack.saturating_add(8 << 20).min(MAX_STACK) as usize;
     let (sender, receiver) = mpsc::channel();
-    let thread = thread::Builder::new().name("chat template".into()).stack_size(stack);
-    thread
-        .spawn(move || sender.send(work()).ok())
-        .map_err(|e| format!("no thread with a stack of {} MiB: {e}", stack >> 20))?;
+    let thread = thread::Builder::new().name(NAME.into()).stack_size(stack);
+    thread.spawn(move || sender.send(work()).ok()).map_err(|e| {
+        let cause = format!("no thread with a stack of {} MiB for the chat template: {e}", stack >> 20);
+        Error::new(Kind::Memory, cause).action("raise the limits of the process, see ulimit -v and -u")
+    })?;
     receiver.recv_timeout(patience).map_err(|e| match e {
-        mpsc::RecvTimeoutError::Timeout => "the template does not come to an end".into(),
-        mpsc::RecvTimeoutError::Disconnected => "minijinja panicked".into(),
+        mpsc::RecvTimeoutError::Timeout => endless(""),
+        mpsc::RecvTimeoutError::Disconnected => Error::new(Kind::Format, "minijinja panicked").action(OTHER),
     })
 }
 
 /// minijinja's error as one of ours, without the path.
 fn explain(error: &minijinja::Error) -> Error {
     if let Some(raised) = raised(error) {
-        return Error::new(Kind::Argument, raised)
-            .action("give it messages with the roles, in the order, that it accepts");
+        let action = "give it messages with the roles, in the order, that it accepts";
+        return Error::new(Kind::Argument, raised).action(action);
     }
     let line = error.line().map_or(String::new(), |line| format!("line {line}: "));
-    if error.kind() == ErrorKind::OutOfFuel {
-        return Error::new(Kind::Unsupported, format!("{line}the template does not come to an end")).action(ACTION);
-    }
     let detail = error.detail().map_or(String::new(), |detail| format!(": {detail}"));
-    Error::new(Kind::Format, format!("{line}{}{detail}", error.kind())).action(ACTION)
+    let format = Error::new(Kind::Format, format!("{line}{}{detail}", error.kind()));
+    match error.kind() {
+        ErrorKind::OutOfFuel => endless(&line),
+        ErrorKind::SyntaxError => format.action(OTHER),
+        _ => format
+            .action("check that the messages are as the template expects them, or give another chat_template.jinja"),
+    }
 }
 
-const ACTION: &str = "check that the messages are as the template expects, or give another chat_template.jinja";
+fn endless(line: &str) -> Error {
+    Error::new(Kind::Unsupported, format!("{line}the template does not come to an end")).action(OTHER)
+}
+
+const OTHER: &str = "give another chat_template.jinja";
 
 fn raise_exception(message: String) -> Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
@@ -432,7 +435,11 @@ mod tests {
 
         write("chat_template.jinja", "a\n{% if %}");
         let error = open().unwrap_err().to_string();
-        assert!(error.contains("chat_template.jinja: line 2: syntax error: ") && error.contains("; check"), "{error}");
+        assert!(
+            error.contains("chat_template.jinja: line 2: syntax error: ")
+                && error.ends_with("; give another chat_template.jinja"),
+            "{error}"
+        );
         fs::write(dir.path().join("chat_template.jinja"), b"\xff").unwrap();
         assert!(open().unwrap_err().to_string().contains("chat_template.jinja: not UTF-8"));
         write("tokenizer_config.json", "{");
@@ -563,7 +570,7 @@ mod tests {
         let mut template = ChatTemplate::new("a", &source).unwrap();
         template.patience = Duration::from_millis(1);
         let error = template.render(&[], true, &Map::new()).unwrap_err();
-        let text = "a: the template does not come to an end (while rendering the chat template); check";
+        let text = "a: the template does not come to an end (while rendering the chat template); give another";
         assert!(error.kind() == Kind::Unsupported && error.to_string().starts_with(text), "{error}");
     }
 

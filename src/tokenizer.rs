@@ -148,8 +148,7 @@ impl Tokenizer {
         if size <= vocab {
             return Ok(());
         }
-        let cause =
-            format!("has token ids up to {}, but the model's vocabulary ends at {}", size - 1, vocab as i64 - 1);
+        let cause = format!("has token ids up to {}, but the model has {vocab} tokens", size - 1);
         Err(Error::new(Kind::Mismatch, cause)
             .at(&self.0.path)
             .action("use the tokenizer.json that came with the model"))
@@ -163,7 +162,10 @@ impl Tokenizer {
     }
 
     fn fenced<T>(&self, op: &str, call: impl FnOnce(&Pipeline) -> tokenizers::Result<T>) -> Result<T> {
-        fenced(|| call(&self.0.pipeline)).map_err(|cause| broken(cause).during(op).at(&self.0.path))
+        fenced(|| call(&self.0.pipeline)).map_err(|cause| {
+            let error = Error::new(Kind::Format, cause).during(op).at(&self.0.path);
+            error.action("check that the tokenizer.json is the model's own")
+        })
     }
 }
 
@@ -179,6 +181,7 @@ impl fmt::Debug for Tokenizer {
 ///
 /// Nothing is given out that a later token could change: an unfinished UTF-8 sequence and, where tokens like `<0xE2>`
 /// stand for bytes, the whole run of them, since one bad byte makes all of it U+FFFD in [`Tokenizer::decode`].
+#[derive(Debug)]
 pub struct TextStream {
     tokenizer: Tokenizer,
     skip_special: bool,
@@ -233,6 +236,7 @@ impl TextStream {
         let before = self.anchor.as_ref().map_or("", |(_, text)| text);
         let ids: Vec<u32> = self.anchor.iter().map(|(id, _)| *id).chain(self.pending.drain(..)).collect();
         let text = self.tokenizer.decode(&ids, false)?;
+        debug_assert!(text.starts_with(before), "{text:?} does not begin with {before:?}");
         let fresh = text.strip_prefix(before).unwrap_or_default().to_owned();
         self.anchor = Some((last, self.tokenizer.decode(&[last], false)?));
         Ok(fresh)
@@ -486,7 +490,7 @@ mod tests {
         assert_eq!((tokenizer.bos_id(), tokenizer.eos_id(), tokenizer.vocab_size()), (Some(0), Some(0), 1536));
         let error = tokenizer.check(1535).unwrap_err();
         assert_eq!(error.kind(), Kind::Mismatch);
-        let text = "stories/tokenizer.json: has token ids up to 1535, but the model's vocabulary ends at 1534; use";
+        let text = "stories/tokenizer.json: has token ids up to 1535, but the model has 1535 tokens; use";
         assert!(error.to_string().starts_with(text), "{error}");
         assert!(tokenizer.check(1536).is_ok() && tokenizer.check(2000).is_ok() && tokenizer.check(0).is_err());
     }

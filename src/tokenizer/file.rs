@@ -582,7 +582,7 @@ mod tests {
         assert_eq!(tokenizer.encode("<x>a", false).unwrap(), [270, 265]);
         let error = tokenizer.encode("<x>\n\n", false).unwrap_err().to_string();
         assert!(error.starts_with("dir/tokenizer.json: tokenizers panicked: AddedVocabulary bad split"), "{error}");
-        assert!(error.ends_with("(while encoding text); download the file again"), "{error}");
+        assert!(error.ends_with("(while encoding text); check that the tokenizer.json is the model's own"), "{error}");
     }
 
     /// Damaged files give an error or a tokenizer that works, and what is refused is refused before it can panic.
