@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::{Engine, Seq};
 use crate::error::Result;
-use crate::sample::Sampler;
+use crate::sample::{Sampler, SamplerSettings};
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// What one sequence is asked for. The sequence stays open afterwards: a further turn with the same [`Seq`] goes on from
@@ -23,6 +23,14 @@ pub struct Turn {
     pub eos: Vec<u32>,
     /// Texts that end the answer; it is cut off before the first of them.
     pub stop: Vec<String>,
+}
+
+impl Turn {
+    /// A prompt for a new sequence: greedy, 256 tokens, until the context is full.
+    pub fn new(seq: Seq, prompt: Vec<u32>) -> Result<Turn> {
+        let sampler = Sampler::new(SamplerSettings::default())?;
+        Ok(Turn { seq, prompt, history: Vec::new(), sampler, max_tokens: 256, eos: Vec::new(), stop: Vec::new() })
+    }
 }
 
 /// What became of a [`Turn`].

@@ -1,4 +1,17 @@
-//! mindskip: a transformer runtime whose depth is dynamic.
+//! A transformer runtime whose depth is dynamic: a router in front of a layer decides which tokens, or which whole
+//! sequences, skip its attention, its MLP or both, and what is skipped is not computed (He et al., arXiv 2410.13184).
+//!
+//! From the bottom up:
+//!
+//! | layer | modules |
+//! | --- | --- |
+//! | what everything rests on | [`Error`], [`tensor`], [`machine`] |
+//! | the machine | [`backend`]: a dozen fused ops as one trait, and the CPU's implementation |
+//! | bytes in, checked tables out | [`config`], [`weights`], [`tokenizer`], [`chat`], [`generation`], [`memory`], [`hub`], [`bundle`] |
+//! | the method | [`router`], [`model`], [`sample`] |
+//! | sequences and batches | [`engine`], [`generate`](mod@generate) |
+//!
+//! A program of ten lines that generates stands in the README. [`model`] reads like the paper; start there.
 #![deny(unsafe_code)]
 
 pub mod backend;
@@ -24,3 +37,8 @@ pub mod tokenizer;
 pub mod weights;
 
 pub use error::{Error, Kind, Result};
+
+/// The code in the README runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

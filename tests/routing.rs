@@ -360,6 +360,65 @@ fn what_is_skipped_is_not_computed() {
     }
 }
 
+/// FLOPs and bytes of attention and projections in a prefill, to the last one, from what the trace says was active.
+#[test]
+fn the_account_of_a_prefill_is_exact() {
+    let folder = root().join("model");
+    let prompt = ids(48, 192, 7);
+    let account = |gates: Option<Routing>| {
+        let mut engine = engine(&folder, gates, &options(1, 64));
+        let seq = engine.open().unwrap();
+        engine.prefill(&[(seq, &prompt)]).unwrap();
+        (engine.trace().unwrap(), engine.meter().clone(), engine.config().clone())
+    };
+    let (_, dense, config) = account(None);
+    let (q_dim, kv_dim, hidden) = (config.q_rows() as u64, config.kv_rows() as u64, config.hidden as u64);
+    let tokens = prompt.len() as u64;
+    for settings in all_settings().into_iter().filter(|s| s.granularity.level == Level::Token) {
+        let (traces, routed, _) = account(Some(random_gates(settings, &MODEL_LAYERS, 0.4)));
+        let what = format!("{settings:?}");
+        let (attends, mlps) = (settings.granularity.target != Target::Mlp, settings.granularity.target != Target::Attn);
+        let drops_kv = attends && settings.keys == Keys::Active;
+        // By layer: active tokens, and the pairs of query and key that they make.
+        let counts = traces.iter().map(|t| {
+            let active: Vec<u64> = (0..tokens).filter(|&i| t.active[i as usize]).collect();
+            let pairs: u64 = active.iter().enumerate().map(|(n, i)| if drops_kv { n as u64 + 1 } else { i + 1 }).sum();
+            (active.len() as u64, pairs)
+        });
+        let (active, pairs) = counts.fold((0, 0), |(a, p), (active, pairs)| (a + active, p + pairs));
+        let skipped = MODEL_LAYERS.len() as u64 * tokens - active;
+        let less = |op: OpKind| {
+            let (full, part) = (dense.ops[op as usize].cost, routed.ops[op as usize].cost);
+            (full.flops - part.flops, full.bytes - part.bytes)
+        };
+
+        let dense_pairs = MODEL_LAYERS.len() as u64 * tokens * (tokens + 1) / 2;
+        let fewer_pairs = if attends { dense_pairs - pairs } else { 0 };
+        let fewer_queries = if attends { skipped } else { 0 };
+        // With `keys=all` the last active token of a layer still reads what stands before it, and no more.
+        let reach = |t: &mindskip::engine::LayerTrace| t.active.iter().rposition(|&a| a).map_or(0, |i| i as u64 + 1);
+        let fewer_keys = match (attends, drops_kv) {
+            (false, _) => 0,
+            (true, true) => skipped,
+            (true, false) => traces.iter().map(|t| tokens - reach(t)).sum(),
+        };
+        let attend = (4 * fewer_pairs * q_dim, 4 * (2 * fewer_queries * q_dim + 2 * fewer_keys * kv_dim));
+        assert_eq!(less(OpKind::Attend), attend, "{what}: attention");
+
+        let kv = if drops_kv { skipped } else { 0 };
+        let qkv_flops = 2 * hidden * (fewer_queries * q_dim + kv * 2 * kv_dim);
+        let qkv_bytes = 4 * (fewer_queries * (hidden + q_dim) + kv * 2 * (hidden + kv_dim));
+        assert_eq!(less(OpKind::Qkv), (qkv_flops, qkv_bytes), "{what}: qkv");
+        let (m, i) = (if mlps { skipped } else { 0 }, config.intermediate as u64);
+        assert_eq!(less(OpKind::SwiGlu), (m * (4 * hidden * i + 4 * i), 4 * m * (hidden + i)), "{what}: swiglu");
+        // The residual is read and written.
+        let out = |rows: u64, width: u64| (2 * rows * width * hidden, 4 * rows * (width + 2 * hidden));
+        let ((af, ab), (mf, mb)) = (out(fewer_queries, q_dim), out(m, i));
+        assert_eq!(less(OpKind::ProjectAdd), (af + mf, ab + mb), "{what}: projections");
+        assert_eq!(dense.kv_rows - routed.kv_rows, kv, "{what}: K/V rows");
+    }
+}
+
 /// Pages come back when a sequence ends or fails, and a skipped sequence takes none.
 #[test]
 fn pages_follow_the_sequences() {

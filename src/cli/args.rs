@@ -71,16 +71,21 @@ fn layers(text: &str) -> Result<LayerSpec> {
 }
 
 impl RoutingArgs {
-    /// The routing that was asked for; None: dense. Errors: Argument for settings without routers, those of
-    /// [`RouterSet::open`] and [`RouterSet::check`].
-    pub fn routing(&self, bundle: &Bundle) -> Result<Option<Routing>> {
-        let overrides = Overrides {
+    /// What differs from a router file.
+    pub fn overrides(&self) -> Overrides {
+        Overrides {
             granularity: self.granularity,
             keys: self.keys,
             select: self.select,
             threshold: self.threshold,
             capacity: self.capacity,
-        };
+        }
+    }
+
+    /// The routing that was asked for; None: dense. Errors: Argument for settings without routers, those of
+    /// [`RouterSet::open`] and [`RouterSet::check`].
+    pub fn routing(&self, bundle: &Bundle) -> Result<Option<Routing>> {
+        let overrides = self.overrides();
         let set = match &self.routers {
             Some(path) if path.as_os_str() == "none" => None,
             Some(path) => Some(RouterSet::open(path)?),

@@ -9,7 +9,6 @@ use mindskip::engine::{Engine, Options};
 use mindskip::generate::{Answer, Timing, Turn, generate};
 use mindskip::model::Routing;
 use mindskip::router::{Keys, RouterSet, RouterSettings};
-use mindskip::sample::{Sampler, SamplerSettings};
 
 use super::progress::{catch_interrupts, interrupted};
 use super::show::{Usage, settings_line};
@@ -80,13 +79,11 @@ fn tell(routing: Option<Routing>) -> Result<(Answer, Timing, Usage, String)> {
     let mut engine = Engine::new(bundle.config, bundle.weights, routing, &options)?;
 
     // The first run of anything is slow, and one of 20 ms is mostly noise: the rest are timed, and the middle one counts.
-    let sampler = Sampler::new(SamplerSettings::default())?;
     let mut runs = Vec::new();
     for _ in 0..=RUNS {
         engine.clear_counts()?;
-        let (seq, sampler, prompt) = (engine.open()?, sampler.clone(), prompt.clone());
-        let turn =
-            Turn { seq, prompt, history: Vec::new(), sampler, max_tokens: TOKENS, eos: eos.clone(), stop: Vec::new() };
+        let (seq, prompt) = (engine.open()?, prompt.clone());
+        let turn = Turn { max_tokens: TOKENS, eos: eos.clone(), ..Turn::new(seq, prompt)? };
         let (mut answers, timing) = generate(&mut engine, &tokenizer, &mut [turn], &mut |_, _| match interrupted() {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),

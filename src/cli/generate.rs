@@ -91,13 +91,11 @@ impl Generate {
         let mut turns = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.into_iter().enumerate() {
             turns.push(Turn {
-                seq: engine.open()?,
-                prompt,
-                history: Vec::new(),
                 sampler: Sampler::for_sequence(sampling, i as u64)?,
                 max_tokens: self.max_tokens,
                 eos: eos.clone(),
                 stop: self.stop.clone(),
+                ..Turn::new(engine.open()?, prompt)?
             });
         }
         let mut printer = Printer { stream: turns.len() == 1 && !self.json, failed: None };

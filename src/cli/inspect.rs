@@ -1,19 +1,20 @@
 //! `mindskip inspect`.
 
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use mindskip::bundle::{Bundle, EMBEDDED};
 use mindskip::config::{Config, Rope, Scaling};
 use mindskip::engine::Engine;
 use mindskip::memory::{MemoryPlan, Size};
+use mindskip::model::{Gates, Routing};
 use mindskip::router::RouterSet;
 use mindskip::{Error, Result};
 use serde_json::{Map, Value, json};
 
-use super::args::RunArgs;
-use super::show::{layer_list, settings_line};
+use super::args::{RoutingArgs, RunArgs};
+use super::show::{layer_list, routing_line, settings_line};
 use super::{Outcome, Ran, print_json};
 
 /// What a model or a router file is, and what memory a run would take
@@ -22,9 +23,6 @@ pub struct Inspect {
     /// The embedded model, a model folder, an id on the hub, or a router file.
     #[arg(default_value = EMBEDDED)]
     name: String,
-    /// Routers to look at with the model; the embedded model has its own.
-    #[arg(long, value_name = "FILE")]
-    routers: Option<PathBuf>,
     /// Sequences that run together.
     #[arg(long, value_name = "N", default_value_t = 1)]
     batch: usize,
@@ -35,6 +33,8 @@ pub struct Inspect {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    routing: RoutingArgs,
+    #[command(flatten)]
     run: RunArgs,
 }
 
@@ -42,7 +42,8 @@ impl Inspect {
     pub fn run(self) -> Ran {
         let path = Path::new(&self.name);
         if self.name != EMBEDDED && path.is_file() && path.extension().is_some_and(|e| e == "safetensors") {
-            let set = RouterSet::open(path)?;
+            let mut set = RouterSet::open(path)?;
+            set.settings = self.routing.overrides().apply(set.settings)?;
             if self.json {
                 print_json(&routers_json(&set))?;
             } else {
@@ -53,27 +54,21 @@ impl Inspect {
             return Ok(Outcome::Done);
         }
         let bundle = Bundle::load(&self.name)?;
-        let routers = match &self.routers {
-            Some(path) => Some(RouterSet::open(path)?),
-            None => bundle.routers.clone(),
-        };
-        if let Some(set) = &routers {
-            set.check(&bundle.config, &bundle.weights.fingerprint())?;
-        }
+        let routing = self.routing.routing(&bundle)?;
         let context = bundle.config.context.min(4096);
         let context = self.run.context.unwrap_or(context);
         let options = self.run.options(self.batch, context, context)?;
-        let routed = routers.as_ref().map_or(0, |set| set.weights.len());
+        let routed = routing.as_ref().map_or(0, |r| r.layers.len());
         let plan = Engine::plan_for(&bundle.config, &bundle.weights, routed, &options);
         if self.json {
-            print_json(&model_json(&bundle, routers.as_ref(), &plan))?;
+            print_json(&model_json(&bundle, routing.as_ref(), &plan))?;
         } else {
-            self.print(&bundle, routers.as_ref(), &plan)?;
+            self.print(&bundle, routing.as_ref(), &plan)?;
         }
         Ok(Outcome::Done)
     }
 
-    fn print(&self, bundle: &Bundle, routers: Option<&RouterSet>, plan: &Result<MemoryPlan>) -> io::Result<()> {
+    fn print(&self, bundle: &Bundle, routing: Option<&Routing>, plan: &Result<MemoryPlan>) -> io::Result<()> {
         let (c, weights) = (&bundle.config, &bundle.weights);
         let mut out = io::stdout().lock();
         let place = bundle.dir.as_ref().map_or("embedded".into(), |dir| dir.display().to_string());
@@ -113,13 +108,14 @@ impl Inspect {
             },
         )?;
         line("fingerprint", weights.fingerprint())?;
-        match routers {
+        match routing {
             None => line("routers", "none; --routers FILE looks at some".into())?,
-            Some(set) => print_routers(&mut out, set)?,
+            Some(Routing { gates: Gates::Routers(set), .. }) => print_routers(&mut out, set)?,
+            Some(_) => line("routers", routing_line(routing))?,
         }
         match plan {
             Err(e) => writeln!(out, "  {:<13} {e}", "memory"),
-            Ok(plan) => print_plan(&mut out, plan, routers, self.plan),
+            Ok(plan) => print_plan(&mut out, plan, routing, self.plan),
         }
     }
 }
@@ -156,7 +152,7 @@ fn print_routers(out: &mut dyn Write, set: &RouterSet) -> io::Result<()> {
     Ok(())
 }
 
-fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routers: Option<&RouterSet>, all: bool) -> io::Result<()> {
+fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routing: Option<&Routing>, all: bool) -> io::Result<()> {
     let limits = &plan.limits;
     let total = format!("{} for {} x {} tokens", Size(plan.total()), limits.batch, limits.context);
     let available = plan.available.map_or(String::new(), |n| format!(", {} are free", Size(n)));
@@ -171,9 +167,10 @@ fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routers: Option<&RouterSet
         format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk),
     )?;
     line("K/V", plan.kv_bytes(), format!(", {} pages of {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64)))?;
-    if let Some(set) = routers.filter(|set| !set.settings.keeps_kv()) {
+    if let Some(routing) = routing.filter(|r| !r.settings.keeps_kv()) {
         for capacity in [0.5, 0.0] {
-            let bytes = plan.kv_bytes() as f64 * kept(plan, set, capacity);
+            let routed = routing.layers.len() as f64 / plan.kv.layers as f64;
+            let bytes = plan.kv_bytes() as f64 * (1.0 - routed * (1.0 - capacity));
             line("K/V", bytes as u64, format!(" at capacity {capacity}"))?;
         }
     }
@@ -183,11 +180,6 @@ fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routers: Option<&RouterSet
         }
     }
     Ok(())
-}
-
-/// The share of the dense K/V at a capacity of the routed layers.
-fn kept(plan: &MemoryPlan, set: &RouterSet, capacity: f64) -> f64 {
-    1.0 - set.weights.len() as f64 / plan.kv.layers as f64 * (1.0 - capacity)
 }
 
 fn routers_json(set: &RouterSet) -> Value {
@@ -204,7 +196,7 @@ fn routers_json(set: &RouterSet) -> Value {
     })
 }
 
-fn model_json(bundle: &Bundle, routers: Option<&RouterSet>, plan: &Result<MemoryPlan>) -> Value {
+fn model_json(bundle: &Bundle, routing: Option<&Routing>, plan: &Result<MemoryPlan>) -> Value {
     let (c, weights) = (&bundle.config, &bundle.weights);
     let dtypes: Map<String, Value> = weights.dtypes().into_iter().map(|(d, n)| (d, n.into())).collect();
     json!({
@@ -218,7 +210,11 @@ fn model_json(bundle: &Bundle, routers: Option<&RouterSet>, plan: &Result<Memory
         "parameters": weights.parameters(),
         "weight_bytes_by_dtype": dtypes,
         "fingerprint": weights.fingerprint(),
-        "routers": routers.map(routers_json),
+        "routing": routing_line(routing),
+        "routers": match routing {
+            Some(Routing { gates: Gates::Routers(set), .. }) => routers_json(set),
+            _ => Value::Null,
+        },
         "memory": match plan {
             Ok(plan) => plan_json(plan),
             Err(e) => json!({"error": Error::to_string(e)}),
