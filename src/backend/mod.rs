@@ -212,9 +212,37 @@ pub fn mean(logits: &[f32]) -> f32 {
     (logits.iter().map(|&x| f64::from(x)).sum::<f64>() / logits.len() as f64) as f32
 }
 
+/// How many of `rows` rows a share takes: ceil(share·rows), where what the rounding of the share to f32 adds does not count,
+/// so that 0.3 of 10 are 3.
+pub fn top_count(share: f32, rows: usize) -> usize {
+    let wanted = f64::from(share) * (1.0 - f64::from(f32::EPSILON)) * rows as f64;
+    (wanted.ceil() as usize).min(rows)
+}
+
 /// What makes two steps issue the same ops over the same buffers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StepKey {
     /// Rows of the step, one for each sequence.
     pub rows: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A share that was written as p/q takes p of q rows: rounding it to f32 adds no row.
+    #[test]
+    fn shares_of_rows_are_exact() {
+        for q in 1..=200usize {
+            for p in 0..=q {
+                for times in [1, 2, 3, 7, 50] {
+                    let share = (p as f64 / q as f64) as f32;
+                    assert_eq!(top_count(share, q * times), p * times, "{p}/{q} of {}", q * times);
+                }
+            }
+        }
+        assert_eq!([0.01, 0.34, 0.5, 1.0, 2.0].map(|share| top_count(share, 3)), [1, 2, 2, 3, 3]);
+        assert_eq!(top_count(0.5, 0), 0);
+        assert_eq!(top_count(-0.5, 3), 0);
+    }
 }

@@ -1,7 +1,7 @@
 //! Routing: which rows are active, where their K/V go, and what they see. One pass over integers, on one thread.
 
 use super::kv_pool::KvPool;
-use crate::backend::{Decide, Route, Take, UNDECIDED, mean, sigmoid};
+use crate::backend::{Decide, Route, Take, UNDECIDED, mean, sigmoid, top_count};
 
 /// The integer arena, read and written at `Ints`.
 pub struct Inputs<'a> {
@@ -101,11 +101,12 @@ fn search(n: usize, below: impl Fn(usize) -> bool) -> usize {
 
 /// Marks the ceil(share·T) highest logits, of equals the earlier ones. A NaN ranks last.
 fn top_k(share: f32, logits: &[f32], active: &mut [bool], order: &mut Vec<u32>) {
-    let wanted = ((f64::from(share) * logits.len() as f64).ceil() as usize).min(logits.len());
+    let wanted = top_count(share, logits.len());
     active.fill(false);
     order.clear();
     order.extend(0..logits.len() as u32);
-    let key = |i: u32| if logits[i as usize].is_nan() { f32::NEG_INFINITY } else { logits[i as usize] };
+    // Adding 0 makes −0 a 0, which equals it.
+    let key = |i: u32| if logits[i as usize].is_nan() { f32::NEG_INFINITY } else { logits[i as usize] + 0.0 };
     if wanted < order.len() {
         order.select_nth_unstable_by(wanted, |&a, &b| key(b).total_cmp(&key(a)).then(a.cmp(&b)));
     }
