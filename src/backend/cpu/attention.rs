@@ -164,10 +164,9 @@ impl State<'_> {
         let d = self.out.len() / self.max.len();
         for i in 0..self.max.len() {
             let top = self.max[i].max(other.max[i]);
-            if top == f32::NEG_INFINITY {
-                continue;
-            }
-            let (a, b) = ((self.max[i] - top).exp(), (other.max[i] - top).exp());
+            // Where no score counts, so far, sums are 0, or NaN, and that must stay.
+            let zero = if top == f32::NEG_INFINITY { 0.0 } else { top };
+            let (a, b) = ((self.max[i] - zero).exp(), (other.max[i] - zero).exp());
             self.max[i] = top;
             self.sum[i] = self.sum[i] * a + other.sum[i] * b;
             for (x, y) in self.out[i * d..][..d].iter_mut().zip(&other.out[i * d..][..d]) {
@@ -297,19 +296,51 @@ impl<'a> Work<'a> {
         for (m, weights) in weights.iter_mut().enumerate() {
             self.softmax(simd, seen(m), weights, at + m, state);
         }
-        let padded = self.padded();
-        let outs = &mut state.out[at * padded..(at + M) * padded];
+        // Rows that all of them see are read once. Those that only some see are not multiplied by 0 for the others: they may
+        // hold a NaN or an infinity.
+        let common = (0..M).fold(0..PAGE, |all, m| all.start.max(seen(m).start)..all.end.min(seen(m).end));
+        let common = if common.is_empty() { high..high } else { common };
+        let outs = &mut state.out[at * self.padded()..(at + M) * self.padded()];
+        let edges = |outs: &mut [f32], before: bool| {
+            for (m, out) in outs.chunks_exact_mut(self.padded()).enumerate() {
+                let Range { start, end } = seen(m);
+                let rows = if before { start..end.min(common.start) } else { start.max(common.end)..end };
+                if !rows.is_empty() {
+                    self.weigh::<S, 1, N>(simd, head, std::array::from_ref(&weights[m]), rows, out);
+                }
+            }
+        };
+        if low < common.start {
+            edges(outs, true);
+        }
+        self.weigh::<S, M, N>(simd, head, &weights, common.clone(), outs);
+        if common.end < high {
+            edges(outs, false);
+        }
+        M
+    }
+
+    /// Adds weights times V over some rows of a page to the outputs of `M` queries.
+    #[inline(always)]
+    fn weigh<S: Simd, const M: usize, const N: usize>(
+        &self,
+        simd: S,
+        head: &[f32],
+        weights: &[PageRow; M],
+        rows: Range<usize>,
+        outs: &mut [f32],
+    ) {
+        let (padded, d) = (self.padded(), self.head_dim);
         let mut column = 0;
         while column < padded {
             column += LANES
                 * match (padded - column) / LANES {
-                    n if n >= N => values::<S, M, N>(simd, head, self.head_dim, &weights, low..high, column, outs),
-                    3 if N > 3 => values::<S, M, 3>(simd, head, self.head_dim, &weights, low..high, column, outs),
-                    2 if N > 2 => values::<S, M, 2>(simd, head, self.head_dim, &weights, low..high, column, outs),
-                    _ => values::<S, M, 1>(simd, head, self.head_dim, &weights, low..high, column, outs),
+                    n if n >= N => values::<S, M, N>(simd, head, d, weights, rows.clone(), column, outs),
+                    3 if N > 3 => values::<S, M, 3>(simd, head, d, weights, rows.clone(), column, outs),
+                    2 if N > 2 => values::<S, M, 2>(simd, head, d, weights, rows.clone(), column, outs),
+                    _ => values::<S, M, 1>(simd, head, d, weights, rows.clone(), column, outs),
                 };
         }
-        M
     }
 
     /// Turns the scores of query i into weights, 0 outside `range`, and rescales its state to the new maximum.
