@@ -7,6 +7,8 @@
 
 pub mod cpu;
 mod ops;
+#[cfg(test)]
+mod twin;
 
 use std::ops::Range;
 
@@ -18,7 +20,7 @@ pub use ops::*;
 /// A weight held by a backend: matrices as [out, in], row-major, in their stored dtype; vectors as [1, n].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Weight {
-    /// The index that the backend gave it.
+    /// The index that the backend gave it: 0, 1, 2, … in the order of the uploads.
     pub id: usize,
     pub rows: usize,
     pub cols: usize,
