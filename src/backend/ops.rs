@@ -1,5 +1,12 @@
 //! The ops: one argument struct each, with its shape check and its cost. [`ops!`] makes the trait, the list that tests and
 //! benches iterate over, and the boxed form from the same lines.
+//!
+//! What holds for all of them, and what `twin` tests:
+//! - Buffers of an op do not overlap. An op writes what its fields say and nothing else. Rows beyond the count of a
+//!   [`RowSet`], and rows that it does not list, are neither read nor written; its index is not read beyond the count.
+//! - Sums accumulate in f32 or wider; a result is rounded once, to the dtype of its buffer.
+//! - A NaN or an infinity in a source row shows in that row's outputs and in those of no other row; in K or V it shows in
+//!   the queries that see it.
 
 use super::{Cost, Ints, Mat, RowSet, Weight};
 use crate::error::{Result, ensure};
@@ -44,7 +51,8 @@ macro_rules! ops {
 ops! {
     /// Looks up token embeddings: `out[i] = table[ids[i]]`.
     embed(Embed),
-    /// Cosines and sines of the rotary angles: `out[i] = [cos(p·f) | sin(p·f)]`, computed once a step for all layers.
+    /// Cosines and sines of the rotary angles: `out[i] = [cos(p·f) | sin(p·f)]`, computed once a step for all layers. The
+    /// products p·f are rounded to f32 first, as Hugging Face rounds them.
     rope_angles(RopeAngles),
     /// RMSNorm of some rows of the residual stream, compacted, and in the same pass the router's dot product.
     norm_gate(NormGate),
@@ -99,10 +107,25 @@ impl std::ops::Add for Cost {
 
 fn check_linear(op: &str, w: Weight, src: Mat, bias: Option<Weight>, bound: usize) -> Result<()> {
     ensure!(src.cols == w.cols, Shape, "{op}: rows of {} do not fit a [{}, {}] weight", src.cols, w.rows, w.cols);
-    if let Some(b) = bias {
-        ensure!(b.rows * b.cols == w.rows, Shape, "{op}: a bias of {} for {} outputs", b.rows * b.cols, w.rows);
+    if let Some(bias) = bias {
+        check_vector(op, "bias", bias, w.rows)?;
     }
     check_rows(op, "source", src, bound)
+}
+
+fn check_vector(op: &str, what: &str, w: Weight, len: usize) -> Result<()> {
+    ensure!((w.rows, w.cols) == (1, len), Shape, "{op}: a {what} of [{}, {}], not [1, {len}]", w.rows, w.cols);
+    Ok(())
+}
+
+fn check_f32(op: &str, what: &str, m: Mat) -> Result<()> {
+    ensure!(m.dtype == DType::F32, Shape, "{op}: {what} of {}, not f32", m.dtype);
+    Ok(())
+}
+
+fn check_set(op: &str, rows: RowSet) -> Result<()> {
+    check_len(op, "row index", rows.index, rows.bound)?;
+    rows.count.map_or(Ok(()), |count| check_len(op, "row count", count, 1))
 }
 
 fn check_rows(op: &str, what: &str, m: Mat, bound: usize) -> Result<()> {
@@ -133,6 +156,7 @@ pub struct Embed {
 
 impl Embed {
     pub fn check(&self) -> Result<()> {
+        check_f32("embed", "output", self.out)?;
         check_out("embed", self.out, self.ids.len, self.table.cols)
     }
 
@@ -155,6 +179,9 @@ pub struct RopeAngles {
 
 impl RopeAngles {
     pub fn check(&self) -> Result<()> {
+        check_vector("rope_angles", "vector of frequencies", self.inv_freq, self.inv_freq.cols)?;
+        ensure!(self.inv_freq.dtype == DType::F32, Shape, "rope_angles: frequencies are f32");
+        check_f32("rope_angles", "output", self.out)?;
         check_out("rope_angles", self.out, self.pos.len, 2 * self.inv_freq.cols)
     }
 
@@ -189,13 +216,14 @@ pub struct Gate {
 impl NormGate {
     pub fn check(&self) -> Result<()> {
         let hidden = self.x.cols;
-        ensure!(self.weight.cols == hidden, Shape, "norm_gate: weight of {}, rows of {hidden}", self.weight.cols);
-        ensure!(self.x.dtype == DType::F32, Shape, "norm_gate: the residual stream is f32");
-        check_len("norm_gate", "row index", self.rows.index, self.rows.bound)?;
+        check_vector("norm_gate", "norm", self.weight, hidden)?;
+        check_f32("norm_gate", "a residual stream", self.x)?;
+        check_set("norm_gate", self.rows)?;
         if let Some(gate) = self.gate {
-            ensure!(gate.router.cols == hidden, Shape, "norm_gate: router of {}, rows of {hidden}", gate.router.cols);
+            check_vector("norm_gate", "router", gate.router, hidden)?;
             ensure!(gate.router.dtype == DType::F32, Shape, "norm_gate: routers are f32");
-            check_rows("norm_gate", "logits", gate.logits, self.rows.bound)?;
+            check_f32("norm_gate", "logits", gate.logits)?;
+            check_out("norm_gate", gate.logits, self.rows.bound, 1)?;
         }
         check_out("norm_gate", self.out, self.rows.bound, hidden)
     }
@@ -207,16 +235,18 @@ impl NormGate {
     }
 }
 
-/// How [`Route`] decides.
+/// How [`Route`] decides. The score of a row is the sigmoid of its logit; a NaN reaches no threshold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Decide {
     /// Every row is active: a dense layer.
     All,
     /// A row is active when its score reaches the threshold.
     Threshold(f32),
-    /// The ceil(share·T) best scores of each sequence of T rows; of equals the earlier row.
+    /// The ceil(share·T) best scores of each sequence of T rows (see [`top_count`](super::top_count)), compared by their
+    /// logits: of equals, and those are +0 and −0 too, the earlier row; a NaN is like −∞.
     TopK(f32),
-    /// A sequence is active when the sigmoid of its mean logit reaches the threshold; once decided it stays.
+    /// A sequence is active when the sigmoid of its mean logit (see [`mean`](super::mean)) reaches the threshold; once decided
+    /// it stays.
     Sequence(f32),
 }
 
@@ -230,7 +260,7 @@ pub enum Take {
 /// In [`Route::decided`]: the sequence has not been routed yet.
 pub const UNDECIDED: u32 = 2;
 
-/// See [`Ops::route`]. Rows stand by sequence, positions ascend within one.
+/// See [`Ops::route`]. Rows stand by sequence, at least one in each; positions ascend within one, also over what it holds.
 ///
 /// Also advances the K/V length of (layer, slot) by the rows that are kept; [`RopeAppend`] then fills them.
 #[derive(Debug, Clone, Copy)]
@@ -258,7 +288,8 @@ pub struct Route {
     pub active: Ints,
     /// out [cuts]: active rows below each cut
     pub active_at: Ints,
-    /// out [rows], for the i-th querying row: the K/V rows [first, end) of its sequence that it sees
+    /// out [rows], for the i-th querying row: the K/V rows [first, end) of its sequence that it sees. Both ascend within a
+    /// sequence. A row that keeps no K/V of its own may see none: first = end.
     pub first: Ints,
     pub end: Ints,
     /// out [rows], for the i-th kept row: its row number in the K/V of (layer, sequence)
@@ -268,8 +299,14 @@ pub struct Route {
 impl Route {
     pub fn check(&self) -> Result<()> {
         let rows = self.pos.len;
-        check_rows("route", "logits", self.logits, if self.decide == Decide::All { 0 } else { rows })?;
-        check_len("route", "slots", self.slots, self.seq_start.len.saturating_sub(1))?;
+        if self.decide != Decide::All {
+            check_f32("route", "logits", self.logits)?;
+            ensure!(self.logits.cols == 1, Shape, "route: logits of {} columns, not 1", self.logits.cols);
+            check_rows("route", "logits", self.logits, rows)?;
+        }
+        let (seqs, starts) = (self.slots.len, self.seq_start.len);
+        ensure!(starts == seqs + 1, Shape, "route: {starts} starts for {seqs} sequences, one more is needed");
+        ensure!(self.cuts.len > 0, Shape, "route: no cuts; the last one is the number of rows");
         check_len("route", "active counts", self.active_at, self.cuts.len)?;
         for (what, ints) in [("active", self.active), ("first", self.first), ("end", self.end), ("kv_row", self.kv_row)]
         {
@@ -309,7 +346,7 @@ impl Qkv {
         let rows = [self.q_rows, self.kv_rows, self.kv_rows];
         for (((w, b), rows), out) in self.weights.into_iter().zip(self.biases).zip(rows).zip([self.q, self.k, self.v]) {
             check_linear("qkv", w, self.h, b, rows.bound)?;
-            check_len("qkv", "row index", rows.index, rows.bound)?;
+            check_set("qkv", rows)?;
             check_out("qkv", out, rows.bound, w.rows)?;
         }
         Ok(())
@@ -322,7 +359,8 @@ impl Qkv {
     }
 }
 
-/// See [`Ops::rope_append`]. RoPE rotates the halves of a head against each other, as Hugging Face does.
+/// See [`Ops::rope_append`]. RoPE rotates the halves of a head against each other, as Hugging Face does. `q` is changed in
+/// place, the rows of `k` hold anything afterwards, `v` is only read.
 #[derive(Debug, Clone, Copy)]
 pub struct RopeAppend {
     pub layer: usize,
@@ -352,11 +390,14 @@ impl RopeAppend {
         let d = self.head_dim;
         ensure!(d > 0 && d.is_multiple_of(2), Shape, "rope_append: head_dim {d} is odd");
         ensure!(self.angles.cols == d, Shape, "rope_append: angles of {}, head_dim {d}", self.angles.cols);
+        check_f32("rope_append", "angles", self.angles)?;
         for norm in [self.q_norm, self.k_norm].into_iter().flatten() {
-            ensure!(norm.cols == d, Shape, "rope_append: norm of {}, head_dim {d}", norm.cols);
+            check_vector("rope_append", "norm", norm, d)?;
         }
         ensure!(self.q.cols.is_multiple_of(d) && self.k.cols.is_multiple_of(d), Shape, "rope_append: not whole heads");
         ensure!(self.k.cols == self.v.cols, Shape, "rope_append: K of {}, V of {}", self.k.cols, self.v.cols);
+        check_set("rope_append", self.q_rows)?;
+        check_set("rope_append", self.kv_rows)?;
         check_len("rope_append", "K/V rows", self.kv_row, self.kv_rows.bound)?;
         check_rows("rope_append", "q", self.q, self.q_rows.bound)?;
         check_rows("rope_append", "k", self.k, self.kv_rows.bound)?;
@@ -371,6 +412,7 @@ impl RopeAppend {
 }
 
 /// See [`Ops::attend`]: `out[i] = softmax(scale · q[i]·Kᵀ)·V` over the K/V rows [first[i], end[i]) of the row's sequence.
+/// No range is empty, and both ends ascend (may stay) from row to row of a sequence, whose rows stand together.
 #[derive(Debug, Clone, Copy)]
 pub struct Attend {
     pub layer: usize,
@@ -392,15 +434,19 @@ pub struct Attend {
 
 impl Attend {
     pub fn check(&self) -> Result<()> {
-        let heads = self.q.cols / self.head_dim.max(1);
+        let heads = self.q.cols.checked_div(self.head_dim).unwrap_or(0);
         ensure!(
-            heads * self.head_dim == self.q.cols && self.kv_heads > 0 && heads.is_multiple_of(self.kv_heads),
+            heads > 0
+                && heads * self.head_dim == self.q.cols
+                && self.kv_heads > 0
+                && heads.is_multiple_of(self.kv_heads),
             Shape,
             "attend: {} columns are not query heads of {} for {} K/V heads",
             self.q.cols,
             self.head_dim,
             self.kv_heads
         );
+        check_set("attend", self.rows)?;
         check_len("attend", "first", self.first, self.rows.bound)?;
         check_len("attend", "end", self.end, self.rows.bound)?;
         check_rows("attend", "q", self.q, self.rows.bound)?;
@@ -433,7 +479,8 @@ pub struct ProjectAdd {
 impl ProjectAdd {
     pub fn check(&self) -> Result<()> {
         check_linear("project_add", self.weight, self.src, self.bias, self.rows.bound)?;
-        check_len("project_add", "row index", self.rows.index, self.rows.bound)?;
+        check_set("project_add", self.rows)?;
+        check_f32("project_add", "a residual stream", self.x)?;
         check_out("project_add", self.x, self.rows.bound, self.weight.rows)
     }
 
@@ -462,6 +509,7 @@ pub struct SwiGlu {
 
 impl SwiGlu {
     pub fn check(&self) -> Result<()> {
+        check_set("swiglu", self.rows)?;
         check_linear("swiglu", self.gate, self.h, self.gate_bias, self.rows.bound)?;
         check_linear("swiglu", self.up, self.h, self.up_bias, self.rows.bound)?;
         ensure!(self.gate.rows == self.up.rows, Shape, "swiglu: gate of {}, up of {}", self.gate.rows, self.up.rows);
@@ -491,6 +539,7 @@ pub struct Logits {
 impl Logits {
     pub fn check(&self) -> Result<()> {
         check_linear("logits", self.weight, self.h, None, self.out.rows)?;
+        check_f32("logits", "output", self.out)?;
         check_out("logits", self.out, self.out.rows, self.weight.rows)
     }
 
@@ -506,12 +555,14 @@ pub struct LogProbs {
     pub logits: Mat,
     /// [rows], each below vocab
     pub targets: Ints,
-    /// [rows, 1], f32, natural logarithms
+    /// [rows, 1], f32, natural logarithms; NaN for a row that holds a NaN or +∞, or nothing but −∞
     pub out: Mat,
 }
 
 impl LogProbs {
     pub fn check(&self) -> Result<()> {
+        check_f32("logprobs", "logits", self.logits)?;
+        check_f32("logprobs", "output", self.out)?;
         check_rows("logprobs", "logits", self.logits, self.targets.len)?;
         check_out("logprobs", self.out, self.targets.len, 1)
     }

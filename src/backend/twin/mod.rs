@@ -6,6 +6,7 @@
 
 mod cases;
 mod cases_kv;
+mod contract;
 mod reference;
 mod rows;
 mod setup;
