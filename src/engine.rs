@@ -93,11 +93,11 @@ pub struct Engine {
     backend: Box<dyn Backend>,
     /// Kept to name a NaN weight when logits turn out not to be finite.
     weights: Weights,
-    /// [slots]: tokens processed so far.
+    /// `[slots]`: tokens processed so far.
     positions: Vec<usize>,
-    /// [slots]
+    /// `[slots]`
     open: Vec<bool>,
-    /// [sequences, vocab] of the last step.
+    /// `[sequences, vocab]` of the last step.
     logits: Vec<f32>,
 }
 
@@ -148,7 +148,7 @@ impl Engine {
     }
 
     /// Reads prompts, or more of them: `tokens` follow what the sequence holds. Returns the logits behind the last token of
-    /// each, [sequences, vocab] row-major.
+    /// each, `[sequences, vocab]` row-major.
     ///
     /// Errors: Argument for an empty prompt, an id beyond the vocabulary, a closed or repeated sequence, more tokens than
     /// the context or [`Options::rows`]; Memory when the KV cache is full; Numeric for NaN or infinite logits. The sequences
@@ -157,7 +157,7 @@ impl Engine {
         self.step(Phase::Prefill, prompts)
     }
 
-    /// Appends one token to each sequence and returns the logits behind it, [sequences, vocab]. Errors as in `prefill`.
+    /// Appends one token to each sequence and returns the logits behind it, `[sequences, vocab]`. Errors as in `prefill`.
     pub fn decode(&mut self, tokens: &[(Seq, u32)]) -> Result<&[f32]> {
         let steps: Vec<(Seq, &[u32])> = tokens.iter().map(|(seq, id)| (*seq, std::slice::from_ref(id))).collect();
         self.step(Phase::Decode, &steps)

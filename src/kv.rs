@@ -24,11 +24,11 @@ pub struct KvCache {
     free: Vec<u32>,
     /// Free slots, likewise.
     free_slots: Vec<u32>,
-    /// [slots]
+    /// `[slots]`
     open: Vec<bool>,
-    /// [layers · slots]: pages in order; row r stands in page r / PAGE.
+    /// `[layers · slots]`: pages in order; row r stands in page r / PAGE.
     tables: Vec<Vec<u32>>,
-    /// [layers · slots]: rows held.
+    /// `[layers · slots]`: rows held.
     lens: Vec<usize>,
 }
 

@@ -26,50 +26,50 @@ pub struct Limits {
 /// routed layers, cuts = sequence and chunk borders of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Buffers {
-    /// [R, hidden], f32: the residual stream
+    /// `[R, hidden]`, f32: the residual stream
     pub x: Mat,
-    /// [R, head_dim], f32: cosines and sines of each row's position
+    /// `[R, head_dim]`, f32: cosines and sines of each row's position
     pub angles: Mat,
-    /// [Lr·R, 1], f32: router logits, kept by layer so that a trace can read them after the step
+    /// `[Lr·R, 1]`, f32: router logits, kept by layer so that a trace can read them after the step
     pub gate: Mat,
-    /// [C, hidden]: normalised rows
+    /// `[C, hidden]`: normalised rows
     pub h: Mat,
-    /// [C, heads·head_dim]
+    /// `[C, heads·head_dim]`
     pub q: Mat,
-    /// [C, kv_heads·head_dim]
+    /// `[C, kv_heads·head_dim]`
     pub k: Mat,
     pub v: Mat,
-    /// [C, heads·head_dim]
+    /// `[C, heads·head_dim]`
     pub attn: Mat,
-    /// [C, intermediate]; lies over q, k, v, attn, which are dead by then
+    /// `[C, intermediate]`; lies over q, k, v, attn, which are dead by then
     pub act: Mat,
     /// [max(S, HEAD_ROWS), vocab], f32
     pub logits: Mat,
-    /// [logits rows, 1], f32
+    /// `[logits rows, 1]`, f32
     pub logprobs: Mat,
-    /// [R]
+    /// `[R]`
     pub ids: Ints,
     pub pos: Ints,
     pub row_slot: Ints,
-    /// [R]: 0, 1, 2, …
+    /// `[R]`: 0, 1, 2, …
     pub all: Ints,
-    /// [S + 1]
+    /// `[S + 1]`
     pub seq_start: Ints,
-    /// [S]
+    /// `[S]`
     pub slots: Ints,
-    /// [cuts]
+    /// `[cuts]`
     pub cuts: Ints,
-    /// [L·S]: sequence-level decisions
+    /// `[L·S]`: sequence-level decisions
     pub decided: Ints,
-    /// [L·cuts]: active rows below each cut
+    /// `[L·cuts]`: active rows below each cut
     pub active_at: Ints,
     /// [(Lr + 1)·R]: active rows by routed layer; the last is for dense layers
     pub active: Ints,
-    /// [R]
+    /// `[R]`
     pub first: Ints,
     pub end: Ints,
     pub kv_row: Ints,
-    /// [logits rows]: the rows whose logits are wanted, and the tokens to score them for
+    /// `[logits rows]`: the rows whose logits are wanted, and the tokens to score them for
     pub head_rows: Ints,
     pub targets: Ints,
 }

@@ -17,39 +17,39 @@ use crate::weights::Weights;
 pub struct Model {
     pub config: Config,
     pub routing: Option<Routing>,
-    /// [vocab, hidden]
+    /// `[vocab, hidden]`
     embed: Weight,
     layers: Vec<Layer>,
-    /// [1, hidden]
+    /// `[1, hidden]`
     norm: Weight,
-    /// [vocab, hidden]; the embedding when tied
+    /// `[vocab, hidden]`; the embedding when tied
     head: Weight,
-    /// [1, head_dim/2]: radians per position
+    /// `[1, head_dim/2]`: radians per position
     inv_freq: Weight,
 }
 
 /// One decoder layer.
 #[derive(Debug)]
 struct Layer {
-    /// [1, hidden]
+    /// `[1, hidden]`
     input_norm: Weight,
-    /// Q [heads·head_dim, hidden], K and V [kv_heads·head_dim, hidden]
+    /// Q `[heads·head_dim, hidden]`, K and V `[kv_heads·head_dim, hidden]`
     qkv: [Weight; 3],
     qkv_bias: [Option<Weight>; 3],
-    /// [1, head_dim]
+    /// `[1, head_dim]`
     q_norm: Option<Weight>,
     k_norm: Option<Weight>,
-    /// [hidden, heads·head_dim]
+    /// `[hidden, heads·head_dim]`
     o: Weight,
     o_bias: Option<Weight>,
-    /// [1, hidden]
+    /// `[1, hidden]`
     post_norm: Weight,
-    /// [intermediate, hidden]
+    /// `[intermediate, hidden]`
     gate: Weight,
     gate_bias: Option<Weight>,
     up: Weight,
     up_bias: Option<Weight>,
-    /// [hidden, intermediate]
+    /// `[hidden, intermediate]`
     down: Weight,
     down_bias: Option<Weight>,
     /// Sliding window in tokens.
@@ -62,7 +62,7 @@ struct Layer {
 struct Routed {
     /// Its number among the routed layers: where its logits and active rows are kept.
     nth: usize,
-    /// [1, hidden], f32; None when the host draws the logits ([`Gates::Random`])
+    /// `[1, hidden]`, f32; None when the host draws the logits ([`Gates::Random`])
     router: Option<Weight>,
 }
 

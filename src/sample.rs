@@ -3,7 +3,7 @@
 //! The order and the edge rules are those of transformers: repetition penalty over the ids of the history, then, unless
 //! greedy, temperature, `top_k`, `top_p`, `min_p`, and one draw from what is left. At least the best token is always left.
 //!
-//! Probabilities are integers here. Relative to the best token, whose weight is [`ONE`], every token has a weight rounded
+//! Probabilities are integers here. Relative to the best token, whose weight is `ONE`, every token has a weight rounded
 //! to 2^-39; sums of weights are exact, so neither their order nor the platform changes what is drawn, and a draw below the
 //! total always ends at a token. What rounds to weight 0 would be drawn once in 10^12 tokens.
 //!
@@ -25,9 +25,9 @@ pub struct SamplerSettings {
     pub temperature: f32,
     /// Only the k best tokens, and those equal to the k-th; at least 1. None: all.
     pub top_k: Option<usize>,
-    /// Only the best tokens that together reach this probability, in [0, 1]; 1: all.
+    /// Only the best tokens that together reach this probability, in `[0, 1]`; 1: all.
     pub top_p: f32,
-    /// Only tokens at least this probable relative to the best, in [0, 1]; 0: all.
+    /// Only tokens at least this probable relative to the best, in `[0, 1]`; 0: all.
     pub min_p: f32,
     /// Positive logits of tokens in the history are divided by it, negative ones multiplied, once a token; positive; 1: none.
     pub repetition_penalty: f32,
@@ -69,9 +69,9 @@ pub struct Sampler {
     rng: Pcg64Dxsm,
     /// The vector instructions there are.
     level: Level,
-    /// [vocab]: the logits after the penalty, when there is one.
+    /// `[vocab]`: the logits after the penalty, when there is one.
     scores: Vec<f32>,
-    /// [vocab bits]: the ids of the history; zero between calls.
+    /// `[vocab bits]`: the ids of the history; zero between calls.
     seen: Vec<u64>,
     /// Candidates for `top_k`.
     pool: Vec<f32>,
@@ -110,7 +110,7 @@ impl Sampler {
         })
     }
 
-    /// The token after `history`, prompt and answer so far; `logits` are [vocab]. Of equal best tokens, greedy takes the
+    /// The token after `history`, prompt and answer so far; `logits` are `[vocab]`. Of equal best tokens, greedy takes the
     /// lowest id. A call takes one random number, a greedy one none.
     ///
     /// Linear in the vocabulary: nothing is sorted. Errors: Numeric when a logit is NaN or infinite, or all are negative

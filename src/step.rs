@@ -79,11 +79,11 @@ pub(crate) struct State {
     seqs: Vec<SeqRows>,
     /// Ends of sequences and chunks, ascending; the last is the number of rows.
     cuts: Vec<u32>,
-    /// [layers · cuts]: active rows below each cut, as far as they are known.
+    /// `[layers · cuts]`: active rows below each cut, as far as they are known.
     counts: Vec<u32>,
-    /// [layers · slots]: sequence-level decisions: 0, 1 or `UNDECIDED`.
+    /// `[layers · slots]`: sequence-level decisions: 0, 1 or `UNDECIDED`.
     decisions: Vec<u32>,
-    /// [layers · sequences]: K/V rows before the step, to roll back to.
+    /// `[layers · sequences]`: K/V rows before the step, to roll back to.
     before: Vec<usize>,
     /// A decode step has run whose counts are not known yet.
     unsettled: bool,

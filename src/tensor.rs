@@ -81,7 +81,7 @@ impl fmt::Debug for Bytes {
 #[derive(Debug, Clone)]
 pub struct Tensor {
     pub dtype: DType,
-    /// [rows, cols]; a vector is one row.
+    /// `[rows, cols]`; a vector is one row.
     pub rows: usize,
     pub cols: usize,
     bytes: Bytes,

@@ -17,7 +17,7 @@ use crate::tensor::{DType, Tensor};
 
 pub use ops::*;
 
-/// A weight held by a backend: matrices as [out, in], row-major, in their stored dtype; vectors as [1, n].
+/// A weight held by a backend: matrices as `[out, in]`, row-major, in their stored dtype; vectors as `[1, n]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Weight {
     /// The index that the backend gave it: 0, 1, 2, … in the order of the uploads.
@@ -27,7 +27,7 @@ pub struct Weight {
     pub dtype: DType,
 }
 
-/// A row-major matrix [rows, cols] in the activation arena.
+/// A row-major matrix `[rows, cols]` in the activation arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mat {
     /// Bytes from the start of the arena, a multiple of [`ALIGN`] for whole buffers.
@@ -74,10 +74,10 @@ impl Ints {
 /// only knows that n <= bound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowSet {
-    /// [bound]
+    /// `[bound]`
     pub index: Ints,
     pub bound: usize,
-    /// [1], or None when n is `bound`.
+    /// `[1]`, or None when n is `bound`.
     pub count: Option<Ints>,
 }
 

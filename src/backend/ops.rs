@@ -146,11 +146,11 @@ fn check_len(op: &str, what: &str, ints: Ints, len: usize) -> Result<()> {
 /// See [`Ops::embed`].
 #[derive(Debug, Clone, Copy)]
 pub struct Embed {
-    /// [vocab, hidden]
+    /// `[vocab, hidden]`
     pub table: Weight,
-    /// [rows], each below vocab
+    /// `[rows]`, each below vocab
     pub ids: Ints,
-    /// [rows, hidden], f32
+    /// `[rows, hidden]`, f32
     pub out: Mat,
 }
 
@@ -169,11 +169,11 @@ impl Embed {
 /// See [`Ops::rope_angles`].
 #[derive(Debug, Clone, Copy)]
 pub struct RopeAngles {
-    /// [rows], original positions
+    /// `[rows]`, original positions
     pub pos: Ints,
-    /// [1, head_dim/2], f32: radians per position, scaling applied
+    /// `[1, head_dim/2]`, f32: radians per position, scaling applied
     pub inv_freq: Weight,
-    /// [rows, head_dim], f32: cosines, then sines
+    /// `[rows, head_dim]`, f32: cosines, then sines
     pub out: Mat,
 }
 
@@ -193,13 +193,13 @@ impl RopeAngles {
 /// See [`Ops::norm_gate`]. `h = x / sqrt(mean(x²) + eps) ⊙ weight`, in f32.
 #[derive(Debug, Clone, Copy)]
 pub struct NormGate {
-    /// [*, hidden], f32: the residual stream
+    /// `[*, hidden]`, f32: the residual stream
     pub x: Mat,
     pub rows: RowSet,
-    /// [1, hidden]
+    /// `[1, hidden]`
     pub weight: Weight,
     pub eps: f32,
-    /// [rows, hidden]: `out[i]` is the norm of `x[rows[i]]`
+    /// `[rows, hidden]`: `out[i]` is the norm of `x[rows[i]]`
     pub out: Mat,
     pub gate: Option<Gate>,
 }
@@ -207,9 +207,9 @@ pub struct NormGate {
 /// The router's part of [`NormGate`].
 #[derive(Debug, Clone, Copy)]
 pub struct Gate {
-    /// [1, hidden], f32
+    /// `[1, hidden]`, f32
     pub router: Weight,
-    /// [*, 1], f32: `logits[rows[i]] = h·r`. The score is its sigmoid.
+    /// `[*, 1]`, f32: `logits[rows[i]] = h·r`. The score is its sigmoid.
     pub logits: Mat,
 }
 
@@ -272,27 +272,27 @@ pub struct Route {
     pub keys: Take,
     /// Sliding window in original positions: position p sees those above p − window.
     pub window: Option<usize>,
-    /// [rows, 1], f32; not read by [`Decide::All`]
+    /// `[rows, 1]`, f32; not read by [`Decide::All`]
     pub logits: Mat,
-    /// [rows]
+    /// `[rows]`
     pub pos: Ints,
-    /// [sequences + 1], first row of each sequence, and the end
+    /// `[sequences + 1]`, first row of each sequence, and the end
     pub seq_start: Ints,
-    /// [sequences], KV slot of each
+    /// `[sequences]`, KV slot of each
     pub slots: Ints,
-    /// [sequences], for [`Decide::Sequence`]: 0 skipped, 1 active, [`UNDECIDED`]; written when decided
+    /// `[sequences]`, for [`Decide::Sequence`]: 0 skipped, 1 active, [`UNDECIDED`]; written when decided
     pub decided: Ints,
-    /// [cuts], ascending row numbers, the last one is the number of rows
+    /// `[cuts]`, ascending row numbers, the last one is the number of rows
     pub cuts: Ints,
-    /// out [rows]: active rows, ascending
+    /// out `[rows]`: active rows, ascending
     pub active: Ints,
-    /// out [cuts]: active rows below each cut
+    /// out `[cuts]`: active rows below each cut
     pub active_at: Ints,
-    /// out [rows], for the i-th querying row: the K/V rows [first, end) of its sequence that it sees. Both ascend within a
+    /// out `[rows]`, for the i-th querying row: the K/V rows [first, end) of its sequence that it sees. Both ascend within a
     /// sequence. A row that keeps no K/V of its own may see none: first = end.
     pub first: Ints,
     pub end: Ints,
-    /// out [rows], for the i-th kept row: its row number in the K/V of (layer, sequence)
+    /// out `[rows]`, for the i-th kept row: its row number in the K/V of (layer, sequence)
     pub kv_row: Ints,
 }
 
@@ -326,17 +326,17 @@ impl Route {
 /// See [`Ops::qkv`]: `q[i] = h[q_rows[i] − base]·Wqᵀ + bq`, and K, V likewise for `kv_rows`.
 #[derive(Debug, Clone, Copy)]
 pub struct Qkv {
-    /// [rows, hidden]; row 0 is the row `base` of the residual stream
+    /// `[rows, hidden]`; row 0 is the row `base` of the residual stream
     pub h: Mat,
     pub base: usize,
     pub q_rows: RowSet,
     pub kv_rows: RowSet,
-    /// [heads·head_dim, hidden], [kv_heads·head_dim, hidden] twice
+    /// `[heads·head_dim, hidden]`, `[kv_heads·head_dim, hidden]` twice
     pub weights: [Weight; 3],
     pub biases: [Option<Weight>; 3],
-    /// [q_rows, heads·head_dim]
+    /// `[q_rows, heads·head_dim]`
     pub q: Mat,
-    /// [kv_rows, kv_heads·head_dim]
+    /// `[kv_rows, kv_heads·head_dim]`
     pub k: Mat,
     pub v: Mat,
 }
@@ -365,21 +365,21 @@ impl Qkv {
 pub struct RopeAppend {
     pub layer: usize,
     pub head_dim: usize,
-    /// [*, head_dim], f32: by row of the residual stream, from [`RopeAngles`]
+    /// `[*, head_dim]`, f32: by row of the residual stream, from [`RopeAngles`]
     pub angles: Mat,
-    /// [*], original position, and KV slot, of each row of the residual stream
+    /// `[*]`, original position, and KV slot, of each row of the residual stream
     pub pos: Ints,
     pub row_slot: Ints,
     pub q_rows: RowSet,
     pub kv_rows: RowSet,
-    /// [kv_rows], from [`Route::kv_row`]
+    /// `[kv_rows]`, from [`Route::kv_row`]
     pub kv_row: Ints,
-    /// [q_rows, heads·head_dim], rotated in place
+    /// `[q_rows, heads·head_dim]`, rotated in place
     pub q: Mat,
-    /// [kv_rows, kv_heads·head_dim]
+    /// `[kv_rows, kv_heads·head_dim]`
     pub k: Mat,
     pub v: Mat,
-    /// [1, head_dim]: RMSNorm of every query and key head (Qwen3)
+    /// `[1, head_dim]`: RMSNorm of every query and key head (Qwen3)
     pub q_norm: Option<Weight>,
     pub k_norm: Option<Weight>,
     pub eps: f32,
@@ -411,7 +411,7 @@ impl RopeAppend {
     }
 }
 
-/// See [`Ops::attend`]: `out[i] = softmax(scale · q[i]·Kᵀ)·V` over the K/V rows [first[i], end[i]) of the row's sequence.
+/// See [`Ops::attend`]: `out[i] = softmax(scale · q[i]·Kᵀ)·V` over the K/V rows `first[i]..end[i]` of the row's sequence.
 /// No range is empty, and both ends ascend (may stay) from row to row of a sequence, whose rows stand together.
 #[derive(Debug, Clone, Copy)]
 pub struct Attend {
@@ -419,14 +419,14 @@ pub struct Attend {
     pub head_dim: usize,
     pub scale: f32,
     pub rows: RowSet,
-    /// [*], KV slot of each row of the residual stream
+    /// `[*]`, KV slot of each row of the residual stream
     pub row_slot: Ints,
-    /// [rows], from [`Route`]
+    /// `[rows]`, from [`Route`]
     pub first: Ints,
     pub end: Ints,
-    /// [rows, heads·head_dim]
+    /// `[rows, heads·head_dim]`
     pub q: Mat,
-    /// [rows, heads·head_dim]
+    /// `[rows, heads·head_dim]`
     pub out: Mat,
     /// Heads that share their K/V among q.cols / head_dim / kv_heads query heads.
     pub kv_heads: usize,
@@ -466,13 +466,13 @@ impl Attend {
 /// See [`Ops::project_add`].
 #[derive(Debug, Clone, Copy)]
 pub struct ProjectAdd {
-    /// [rows, in]
+    /// `[rows, in]`
     pub src: Mat,
-    /// [hidden, in]
+    /// `[hidden, in]`
     pub weight: Weight,
     pub bias: Option<Weight>,
     pub rows: RowSet,
-    /// [*, hidden], f32: the residual stream
+    /// `[*, hidden]`, f32: the residual stream
     pub x: Mat,
 }
 
@@ -494,16 +494,16 @@ impl ProjectAdd {
 /// See [`Ops::swiglu`].
 #[derive(Debug, Clone, Copy)]
 pub struct SwiGlu {
-    /// [rows, hidden]
+    /// `[rows, hidden]`
     pub h: Mat,
     /// How many rows; the index is not read.
     pub rows: RowSet,
-    /// [intermediate, hidden]
+    /// `[intermediate, hidden]`
     pub gate: Weight,
     pub up: Weight,
     pub gate_bias: Option<Weight>,
     pub up_bias: Option<Weight>,
-    /// [rows, intermediate]
+    /// `[rows, intermediate]`
     pub out: Mat,
 }
 
@@ -528,11 +528,11 @@ impl SwiGlu {
 /// See [`Ops::logits`].
 #[derive(Debug, Clone, Copy)]
 pub struct Logits {
-    /// [rows, hidden]
+    /// `[rows, hidden]`
     pub h: Mat,
-    /// [vocab, hidden]
+    /// `[vocab, hidden]`
     pub weight: Weight,
-    /// [rows, vocab], f32
+    /// `[rows, vocab]`, f32
     pub out: Mat,
 }
 
@@ -551,11 +551,11 @@ impl Logits {
 /// See [`Ops::logprobs`].
 #[derive(Debug, Clone, Copy)]
 pub struct LogProbs {
-    /// [rows, vocab], f32
+    /// `[rows, vocab]`, f32
     pub logits: Mat,
-    /// [rows], each below vocab
+    /// `[rows]`, each below vocab
     pub targets: Ints,
-    /// [rows, 1], f32, natural logarithms; NaN for a row that holds a NaN or +∞, or nothing but −∞
+    /// `[rows, 1]`, f32, natural logarithms; NaN for a row that holds a NaN or +∞, or nothing but −∞
     pub out: Mat,
 }
 

@@ -1,4 +1,4 @@
-//! Flash attention over paged K/V by row ranges (Dao, arXiv 2307.08691): running maximum and sum, no [T, T] anywhere.
+//! Flash attention over paged K/V by row ranges (Dao, arXiv 2307.08691): running maximum and sum, no `[T, T]` anywhere.
 //!
 //! K/V rows are taken in segments of [`SEGMENT`] at fixed borders. Within a segment the softmax runs page by page; segments
 //! are merged in order. In prefill a thread takes some query rows and walks their segments, in decode every segment is a
@@ -27,9 +27,9 @@ const QUERY_ROWS: usize = 16;
 /// The inputs of attention, by query row.
 #[derive(Clone, Copy)]
 pub struct Queries<'a> {
-    /// [rows, heads · head_dim]
+    /// `[rows, heads · head_dim]`
     pub q: &'a [f32],
-    /// [rows]: the K/V rows [first, end) that a row sees
+    /// `[rows]`: the K/V rows [first, end) that a row sees
     pub first: &'a [u32],
     pub end: &'a [u32],
     /// Query heads.
@@ -143,11 +143,11 @@ fn shares(rows: usize, kv_heads: usize, slot_of: impl Fn(usize) -> usize) -> Vec
 
 /// The softmax state of some queries.
 struct State<'s> {
-    /// [queries]: the highest score seen
+    /// `[queries]`: the highest score seen
     max: &'s mut [f32],
-    /// [queries]: sum of e^(score − max)
+    /// `[queries]`: sum of e^(score − max)
     sum: &'s mut [f32],
-    /// [queries, padded head_dim]: sum of e^(score − max)·V
+    /// `[queries, padded head_dim]`: sum of e^(score − max)·V
     out: &'s mut [f32],
 }
 

@@ -1,6 +1,6 @@
 //! The K/V of all sequences: pages in one pool, and which page of a (layer, sequence) stands where.
 //!
-//! A page holds, for each K/V head, V as [PAGE, head_dim] and then K transposed as [head_dim, PAGE], in f32. So both
+//! A page holds, for each K/V head, V as `[PAGE, head_dim]` and then K transposed as `[head_dim, PAGE]`, in f32. So both
 //! products of attention run along contiguous memory: scores over 64 keys at a time, outputs over the head.
 
 use std::ops::Range;
@@ -12,13 +12,13 @@ use crate::error::{Error, Kind, Result};
 
 pub struct KvPool {
     pub layout: KvLayout,
-    /// [pages, kv_heads, 2 · PAGE · head_dim], f32
+    /// `[pages, kv_heads, 2 · PAGE · head_dim]`, f32
     data: MmapMut,
-    /// [pages, PAGE]: original positions
+    /// `[pages, PAGE]`: original positions
     positions: Vec<u32>,
-    /// [layers, slots, pages_per_seq]
+    /// `[layers, slots, pages_per_seq]`
     tables: Vec<u32>,
-    /// [layers, slots]: rows held
+    /// `[layers, slots]`: rows held
     lens: Vec<usize>,
 }
 
@@ -71,7 +71,7 @@ impl KvPool {
         self.positions[self.table(layer, slot)[row / PAGE] as usize * PAGE + row % PAGE]
     }
 
-    /// V as [PAGE, head_dim], then K as [head_dim, PAGE], of a page and head.
+    /// V as `[PAGE, head_dim]`, then K as `[head_dim, PAGE]`, of a page and head.
     pub fn head(&self, page: u32, head: usize) -> &[f32] {
         &self.floats()[self.head_range(page, head)]
     }
@@ -80,7 +80,7 @@ impl KvPool {
         bytemuck::cast_slice(&self.data)
     }
 
-    /// Writes a row: K and V of all heads, [kv_heads · head_dim] each.
+    /// Writes a row: K and V of all heads, `[kv_heads · head_dim]` each.
     pub fn write(&mut self, layer: usize, slot: usize, row: usize, position: u32, k: &[f32], v: &[f32]) {
         let (page, at, d) = (self.table(layer, slot)[row / PAGE], row % PAGE, self.layout.head_dim);
         self.positions[page as usize * PAGE + at] = position;

@@ -28,7 +28,7 @@ const BLOCK: usize = 48;
 /// The rows that go into a product: `data[index[i] − base]`, or `data[i]`.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
-    /// [*, width]
+    /// `[*, width]`
     pub data: &'a [f32],
     pub width: usize,
     pub index: Option<(&'a [u32], usize)>,
@@ -46,9 +46,9 @@ impl<'a> Source<'a> {
 /// A weight with its bias.
 #[derive(Clone, Copy)]
 pub struct Linear<'a> {
-    /// [outputs, width]
+    /// `[outputs, width]`
     pub weight: Data<'a>,
-    /// [outputs]
+    /// `[outputs]`
     pub bias: Option<&'a [f32]>,
 }
 
