@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::chat::ChatTemplate;
@@ -95,8 +95,7 @@ impl Bundle {
     ///
     /// Errors: Io; Argument when the name is not that of a file in the folder.
     pub fn file(&self, name: &str) -> Result<Option<Bytes>> {
-        let plain = Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
-        if name.is_empty() || !plain {
+        if !files::is_inside(name) {
             return Err(Error::new(Kind::Argument, format!("{name:?} names no file of a model")));
         }
         Ok(match &self.dir {
@@ -276,7 +275,7 @@ impl FromStr for HubId {
             let part = |p: &str| !p.is_empty() && !p.starts_with('.') && !p.contains("..");
             s.len() <= 250
                 && s.split('/').all(part)
-                && s.chars().all(|c| c.is_ascii_graphic() && !r#"\:?*"<>|[~^"#.contains(c))
+                && s.chars().all(|c| c.is_ascii_graphic() && !r#"\:?*"<>|[~^#%"#.contains(c))
         };
         if !is_name(owner) || !is_name(name) || !revision.is_none_or(is_revision) {
             return Err(fail());
@@ -410,6 +409,8 @@ mod tests {
             "ä/b",
             "https://huggingface.co/a/b",
             "a/b@x y",
+            "a/b@x#y",
+            "a/b@x%2e",
         ] {
             let error = Source::find(name).unwrap_err();
             assert_eq!(error.kind(), Kind::Argument, "{name}");
