@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::chat::ChatTemplate;
@@ -95,8 +95,7 @@ impl Bundle {
     ///
     /// Errors: Io; Argument when the name is not that of a file in the folder.
     pub fn file(&self, name: &str) -> Result<Option<Bytes>> {
-        let plain = Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
-        if name.is_empty() || !plain {
+        if !files::is_inside(name) {
             return Err(Error::new(Kind::Argument, format!("{name:?} names no file of a model")));
         }
         Ok(match &self.dir {

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Component, Path};
 
 use memmap2::Mmap;
 
@@ -58,6 +58,11 @@ pub fn map(path: &Path) -> Result<Bytes> {
     #[allow(unsafe_code)]
     let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
     Ok(Bytes::new(Mapped { map, _lock: file }))
+}
+
+/// Whether a name, of whatever origin, stays within the folder that it is joined to.
+pub fn is_inside(name: &str) -> bool {
+    !name.is_empty() && Path::new(name).components().all(|c| matches!(c, Component::Normal(_)))
 }
 
 fn ensure_regular(path: &Path) -> Result<()> {
