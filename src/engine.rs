@@ -2,6 +2,7 @@
 
 use std::ops::ControlFlow;
 
+pub use crate::backend::Precision;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, mean, sigmoid};
 use crate::config::Config;
@@ -22,6 +23,8 @@ pub const DEFAULT_CHUNK: usize = 256;
 pub struct Options {
     /// CPU threads; None: one for every core this process may use.
     pub threads: Option<usize>,
+    /// On the CPU.
+    pub precision: Precision,
     /// Tokens of a sequence, prompt and answer together; None: what the model was made for, at most 4096.
     pub context: Option<usize>,
     /// Sequences open at a time.
@@ -36,7 +39,15 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { threads: None, context: None, batch: 1, rows: None, chunk: DEFAULT_CHUNK, memory: None }
+        Options {
+            threads: None,
+            precision: Precision::F32,
+            context: None,
+            batch: 1,
+            rows: None,
+            chunk: DEFAULT_CHUNK,
+            memory: None,
+        }
     }
 }
 
@@ -54,7 +65,7 @@ impl Options {
 }
 
 fn backend(options: &Options) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(CpuBackend::new(options.threads)?))
+    Ok(Box::new(CpuBackend::new(options.threads, options.precision)?))
 }
 
 /// An open sequence of an [`Engine`].

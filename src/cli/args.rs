@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use mindskip::bundle::{Bundle, EMBEDDED};
-use mindskip::engine::{DEFAULT_CHUNK, Engine, Options};
+use mindskip::engine::{DEFAULT_CHUNK, Engine, Options, Precision};
 use mindskip::memory::parse_size;
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Overrides, RouterSet, RouterSettings, Select};
@@ -146,6 +146,10 @@ pub struct RunArgs {
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// On the CPU, what bf16 weights are multiplied with: f32 inputs, or inputs rounded to bf16 (twice as fast where the
+    /// processor has AVX512-BF16).
+    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
+    precision: String,
     /// What weights, activations and K/V may take together, such as 8G; all that is free when nothing is given.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
@@ -179,7 +183,16 @@ impl RunArgs {
             );
         }
         let Self { threads, memory, chunk, .. } = *self;
-        Ok(Options { threads, context: Some(self.context.unwrap_or(context)), batch, rows: Some(rows), chunk, memory })
+        let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
+        Ok(Options {
+            threads,
+            precision,
+            context: Some(self.context.unwrap_or(context)),
+            batch,
+            rows: Some(rows),
+            chunk,
+            memory,
+        })
     }
 }
 

@@ -14,6 +14,8 @@ use fearless_simd::dispatch;
 use fearless_simd::prelude::*;
 use rayon::prelude::*;
 
+use super::FEW_ROWS;
+use super::bf16::{Rounded, STEP};
 use super::simd::{Element, LANES, Line, V, silu, sums, sums_of_8, tail};
 use super::threads::{Scratch, Threads};
 use crate::tensor::Data;
@@ -65,37 +67,78 @@ pub enum Put {
     Multiply,
 }
 
-/// `out[i] = source[i]·Wᵀ + bias` for several weights at once, put as asked. `out` gives the output rows of each.
-pub fn products<'a, 'o, const N: usize, O>(threads: &Threads, put: Put, of: [(Source<'a>, Linear<'a>, O); N])
-where
+/// `out[i] = source[i]·Wᵀ + bias` for several weights at once, put as asked. Each has the number of its source and the rows
+/// of its output.
+pub fn products<'o, const N: usize, O>(
+    threads: &Threads,
+    halves: &mut Halves,
+    put: Put,
+    sources: &[Source],
+    of: [(usize, Linear, O); N],
+) where
     O: Iterator<Item = &'o mut [f32]>,
 {
-    let work = of.iter().map(|(source, linear, _)| source.rows * linear.weight.len()).sum();
-    let mut of = of.map(|(source, linear, out)| (source, linear, Blocks::new(threads, &source, &linear, out)));
+    let rounded = halves.round(threads, sources, of.iter().map(|(_, linear, _)| linear));
+    let work = of.iter().map(|(i, linear, _)| sources[*i].rows * linear.weight.len()).sum();
+    let mut of = of.map(|(i, linear, out)| (i, linear, Blocks::new(threads, &sources[i], &linear, out)));
     let tasks: Vec<_> = of
         .iter_mut()
-        .flat_map(|(source, linear, blocks)| blocks.tasks().map(|(columns, out)| (*source, *linear, columns, out)))
+        .flat_map(|(i, linear, blocks)| blocks.tasks().map(|(columns, out)| (*i, *linear, columns, out)))
         .collect();
-    threads.each(work, tasks.into_par_iter(), |scratch, (source, linear, columns, out)| {
-        product(threads, scratch, &source, &linear, columns, put, out);
+    threads.each(work, tasks.into_par_iter(), |scratch, (i, linear, columns, out)| {
+        product(threads, scratch, &sources[i], rounded.get(i), &linear, columns, put, out);
     });
 }
 
 /// `out[i] = silu(source[i]·Gᵀ + bg) ⊙ (source[i]·Uᵀ + bu)`.
 pub fn swiglu<'o>(
     threads: &Threads,
+    halves: &mut Halves,
     source: Source,
     gate: Linear,
     up: Linear,
     out: impl Iterator<Item = &'o mut [f32]>,
 ) {
+    let rounded = halves.round(threads, &[source], [&gate, &up]);
     let mut blocks = Blocks::new(threads, &source, &gate, out);
     let tasks: Vec<_> = blocks.tasks().collect();
     let work = 2 * source.rows * gate.weight.len();
     threads.each(work, tasks.into_par_iter(), |scratch, (columns, out)| {
-        product(threads, scratch, &source, &gate, columns.clone(), Put::StoreSilu, out);
-        product(threads, scratch, &source, &up, columns, Put::Multiply, out);
+        product(threads, scratch, &source, rounded.first(), &gate, columns.clone(), Put::StoreSilu, out);
+        product(threads, scratch, &source, rounded.first(), &up, columns, Put::Multiply, out);
     });
+}
+
+/// Memory for source rows in bf16, used again by every op.
+#[derive(Default)]
+pub struct Halves(Vec<[u16; STEP]>);
+
+impl Halves {
+    /// The sources in bf16, where that is what the weights are multiplied in; otherwise none.
+    fn round<'l>(
+        &mut self,
+        threads: &Threads,
+        sources: &[Source],
+        linears: impl IntoIterator<Item = &'l Linear<'l>>,
+    ) -> Vec<Rounded<'_>> {
+        let Some(bf16) = threads.bf16 else { return Vec::new() };
+        if !linears.into_iter().all(|linear| matches!(linear.weight, Data::BF16(_))) {
+            return Vec::new();
+        }
+        let steps = |source: &Source| source.width.div_ceil(STEP);
+        let total = sources.iter().map(|source| source.rows * steps(source)).sum();
+        self.0.resize(self.0.len().max(total), [0; STEP]);
+        let mut rest = &mut self.0[..];
+        let mut rounded = Vec::with_capacity(sources.len());
+        for source in sources {
+            let (own, behind) = rest.split_at_mut(source.rows * steps(source));
+            rest = behind;
+            let rows = own.par_chunks_mut(steps(source)).with_min_len(FEW_ROWS).enumerate();
+            threads.enter(|| rows.for_each(|(i, out)| bf16.round(source.row(i), out)));
+            rounded.push(Rounded { data: own, steps: steps(source), rows: source.rows });
+        }
+        rounded
+    }
 }
 
 /// Rows of outputs cut into blocks of columns, as tasks for threads: the pieces of a block stand together, one for each row.
@@ -130,10 +173,12 @@ impl<'o> Blocks<'o> {
 }
 
 /// Some columns of a product on the calling thread; `out[i]` are those of row i.
+#[allow(clippy::too_many_arguments)] // they are what a task consists of
 fn product(
     threads: &Threads,
     scratch: &mut Scratch,
     source: &Source,
+    rounded: Option<&Rounded>,
     linear: &Linear,
     columns: Range<usize>,
     put: Put,
@@ -141,6 +186,9 @@ fn product(
 ) {
     let mut out = Out { rows: out, first: columns.start, bias: linear.bias, put };
     match linear.weight {
+        Data::BF16(w) if let (Some(bf16), Some(rounded)) = (threads.bf16, rounded) => {
+            bf16.product(scratch, rounded, w, source.width, columns, &mut out);
+        }
         Data::F32(w) => dispatch!(threads.level, simd => block(simd, scratch, source, w, columns, &mut out)),
         Data::F16(w) => dispatch!(threads.level, simd => block(simd, scratch, source, w, columns, &mut out)),
         Data::BF16(w) => dispatch!(threads.level, simd => block(simd, scratch, source, w, columns, &mut out)),
@@ -170,7 +218,7 @@ fn block<S: Simd, E: Element>(
 }
 
 /// Where the results of a task go.
-struct Out<'t, 'o, 'a> {
+pub struct Out<'t, 'o, 'a> {
     /// By source row: the task's columns.
     rows: &'t mut [&'o mut [f32]],
     /// The number of the first one in the weight.
@@ -183,7 +231,7 @@ impl Out<'_, '_, '_> {
     /// Adds biases and applies silu where it is asked for. The sums are from the `first` on of those of a tile: rows of `N`
     /// columns from `column` on.
     #[inline(always)]
-    fn finish<S: Simd, const N: usize>(&self, simd: S, mut sums: V<S>, column: usize, first: usize) -> V<S> {
+    pub fn finish<S: Simd, const N: usize>(&self, simd: S, mut sums: V<S>, column: usize, first: usize) -> V<S> {
         if let Some(bias) = self.bias {
             // Beyond the weight's last column there is nothing to finish.
             sums += V::from_fn(simd, |i| bias.get(column + (first + i) % N).copied().unwrap_or(0.0));
@@ -191,9 +239,41 @@ impl Out<'_, '_, '_> {
         if self.put == Put::StoreSilu { silu(simd, sums) } else { sums }
     }
 
+    /// Puts the sums of a tile of accumulators, at most 24: source rows from `at` on, and columns.
+    #[inline(always)]
+    pub fn put_tile<S: Simd, const M: usize, const N: usize>(
+        &mut self,
+        simd: S,
+        acc: &[[V<S>; N]; M],
+        at: usize,
+        columns: Range<usize>,
+    ) {
+        let zero = V::splat(simd, 0.0);
+        // Sixteen accumulators, then eight, in the order of their outputs.
+        let mut values = [0.0; LANES + LANES / 2];
+        let mut low = [zero; LANES];
+        let mut high = [zero; LANES / 2];
+        for m in 0..M {
+            for n in 0..N {
+                match m * N + n {
+                    i @ 0..LANES => low[i] = acc[m][n],
+                    i => high[i - LANES] = acc[m][n],
+                }
+            }
+        }
+        self.finish::<S, N>(simd, sums(simd, low), columns.start, 0).store_slice(&mut values[..LANES]);
+        if M * N > LANES {
+            let last = self.finish::<S, N>(simd, sums_of_8(simd, high), columns.start, LANES);
+            values[LANES..].copy_from_slice(&last.to_array()[..LANES / 2]);
+        }
+        for m in 0..M {
+            self.put::<N>(at + m, columns.start, &values[m * N..], columns.len());
+        }
+    }
+
     /// Puts the first `n` values at a source row, from a column on.
     #[inline(always)]
-    fn put<const N: usize>(&mut self, row: usize, column: usize, values: &[f32], n: usize) {
+    pub fn put<const N: usize>(&mut self, row: usize, column: usize, values: &[f32], n: usize) {
         let row = &mut self.rows[row][column - self.first..][..n];
         match <&mut [f32; N]>::try_from(&mut *row) {
             Ok(whole) => Self::combine(self.put, whole, &values[..N]),
@@ -342,25 +422,6 @@ fn tile<S: Simd, const M: usize, const N: usize>(
             }
         }
     }
-    // Sixteen accumulators, then eight, in the order of their outputs.
-    let mut values = [0.0; LANES + LANES / 2];
-    let mut low = [zero; LANES];
-    let mut high = [zero; LANES / 2];
-    for m in 0..M {
-        for n in 0..N {
-            match m * N + n {
-                i @ 0..LANES => low[i] = acc[m][n],
-                i => high[i - LANES] = acc[m][n],
-            }
-        }
-    }
-    out.finish::<S, N>(simd, sums(simd, low), columns.start, 0).store_slice(&mut values[..LANES]);
-    if M * N > LANES {
-        let last = out.finish::<S, N>(simd, sums_of_8(simd, high), columns.start, LANES);
-        values[LANES..].copy_from_slice(&last.to_array()[..LANES / 2]);
-    }
-    for m in 0..M {
-        out.put::<N>(at + m, columns.start, &values[m * N..], columns.len());
-    }
+    out.put_tile(simd, &acc, at, columns);
     M
 }

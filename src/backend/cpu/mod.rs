@@ -1,6 +1,7 @@
-//! The CPU backend: f32 activations and K/V, weights in place in whatever they are stored, all cores, no unsafe code.
+//! The CPU backend: f32 activations and K/V, weights in place in whatever they are stored, all cores.
 
 mod attention;
+mod bf16;
 mod kv_pool;
 mod linear;
 mod pointwise;
@@ -17,8 +18,9 @@ use crate::error::{Error, Kind, ensure};
 use crate::machine::{self, instructions};
 use crate::tensor::{DType, Data, Tensor};
 use attention::Queries;
+use bf16::Bf16;
 use kv_pool::{KvPool, zeroed};
-use linear::{Linear, Put, Source};
+use linear::{Halves, Linear, Put, Source};
 use threads::Threads;
 
 /// Rows that a thread takes at least in the ops that only pass over them; a fork costs as much as some rows.
@@ -38,6 +40,8 @@ pub struct CpuBackend {
     active: Vec<bool>,
     order: Vec<u32>,
     partial: Vec<f32>,
+    /// Reused by the products.
+    halves: Halves,
 }
 
 /// A weight; a vector also in f32, which costs nothing and spares the ops a case distinction.
@@ -69,18 +73,32 @@ pub(crate) fn levels() -> Vec<Level> {
 }
 
 impl CpuBackend {
-    /// With so many threads, or one for every core, and the best instructions there are. Errors: Argument.
-    pub fn new(threads: Option<usize>) -> Result<Self> {
-        Self::with_level(threads, Level::new())
+    /// With so many threads, or one for every core, and the best instructions there are.
+    ///
+    /// Errors: Argument for a number of threads that makes no sense; Unsupported for bf16 on a processor without it.
+    pub fn new(threads: Option<usize>, precision: Precision) -> Result<Self> {
+        let bf16 = match precision {
+            Precision::F32 => None,
+            Precision::Bf16 => Some(Bf16::detect().ok_or_else(|| {
+                Error::new(Kind::Unsupported, "this processor does not multiply bf16 itself (AVX512-BF16)")
+                    .action("leave --precision out, or give f32")
+            })?),
+        };
+        Self::over(Threads::new(threads, Level::new(), bf16)?)
     }
 
     /// With given instructions, to test those that this machine would not choose.
+    #[cfg(test)]
     pub(crate) fn with_level(threads: Option<usize>, level: Level) -> Result<Self> {
-        let threads = Threads::new(threads, level)?;
+        Self::over(Threads::new(threads, level, None)?)
+    }
+
+    fn over(threads: Threads) -> Result<Self> {
         let s = if threads.count() == 1 { "" } else { "s" };
+        let bf16 = if threads.bf16.is_some() { " and bf16" } else { "" };
         Ok(CpuBackend {
             info: DeviceInfo {
-                name: format!("cpu, {} thread{s}, {}", threads.count(), instructions(level)),
+                name: format!("cpu, {} thread{s}, {}{bf16}", threads.count(), instructions(threads.level)),
                 free_memory: machine::memory().1,
                 activations: DType::F32,
                 kv: DType::F32,
@@ -94,6 +112,7 @@ impl CpuBackend {
             active: Vec::new(),
             order: Vec::new(),
             partial: Vec::new(),
+            halves: Halves::default(),
         })
     }
 }
@@ -275,14 +294,15 @@ impl Ops for CpuBackend {
         let [h, q, k, v] = Self::arena(&mut self.arena, OpKind::Qkv, [args.h, args.q, args.k, args.v])?;
         let (q_rows, kv_rows) = (Self::rows(&self.ints, &args.q_rows), Self::rows(&self.ints, &args.kv_rows));
         let (data, width, weights): (&[f32], _, _) = (h, args.h.cols, &self.weights);
-        let source = |index, rows| Source { data, width, index: Some((index, args.base)), rows };
         let [wq, wk, wv] = std::array::from_fn(|i| linear(weights, args.weights[i], args.biases[i]));
         let of = [
-            (source(q_rows, q_rows.len()), wq, q.chunks_exact_mut(args.q.cols)),
-            (source(kv_rows, kv_rows.len()), wk, k.chunks_exact_mut(args.k.cols)),
-            (source(kv_rows, kv_rows.len()), wv, v.chunks_exact_mut(args.v.cols)),
+            (0, wq, q.chunks_exact_mut(args.q.cols)),
+            (1, wk, k.chunks_exact_mut(args.k.cols)),
+            (1, wv, v.chunks_exact_mut(args.v.cols)),
         ];
-        linear::products(&self.threads, Put::Store, of);
+        let sources =
+            [q_rows, kv_rows].map(|index| Source { data, width, index: Some((index, args.base)), rows: index.len() });
+        linear::products(&self.threads, &mut self.halves, Put::Store, &sources, of);
         let work = Work { rows: q_rows.len(), kv_rows: kv_rows.len(), pairs: 0 };
         self.meter.add(OpKind::Qkv, args.cost(work));
         Ok(())
@@ -362,7 +382,8 @@ impl Ops for CpuBackend {
         let rows = Self::rows(&self.ints, &args.rows);
         let linear = linear(&self.weights, args.weight, args.bias);
         let source = Source { data: src, width: args.src.cols, index: None, rows: rows.len() };
-        linear::products(&self.threads, Put::Add, [(source, linear, listed(x, args.x.cols, rows))]);
+        let of = [(0, linear, listed(x, args.x.cols, rows))];
+        linear::products(&self.threads, &mut self.halves, Put::Add, &[source], of);
         self.meter.add(OpKind::ProjectAdd, args.cost(Work { rows: rows.len(), ..Work::default() }));
         Ok(())
     }
@@ -374,7 +395,7 @@ impl Ops for CpuBackend {
         let source = Source { data: h, width: args.h.cols, index: None, rows };
         let gate = linear(&self.weights, args.gate, args.gate_bias);
         let up = linear(&self.weights, args.up, args.up_bias);
-        linear::swiglu(&self.threads, source, gate, up, out.chunks_exact_mut(args.out.cols));
+        linear::swiglu(&self.threads, &mut self.halves, source, gate, up, out.chunks_exact_mut(args.out.cols));
         self.meter.add(OpKind::SwiGlu, args.cost(Work { rows, ..Work::default() }));
         Ok(())
     }
@@ -385,7 +406,8 @@ impl Ops for CpuBackend {
         let rows = args.out.rows;
         let source = Source { data: h, width: args.h.cols, index: None, rows };
         let linear = linear(&self.weights, args.weight, None);
-        linear::products(&self.threads, Put::Store, [(source, linear, out.chunks_exact_mut(args.out.cols))]);
+        let of = [(0, linear, out.chunks_exact_mut(args.out.cols))];
+        linear::products(&self.threads, &mut self.halves, Put::Store, &[source], of);
         self.meter.add(OpKind::Logits, args.cost(Work { rows, ..Work::default() }));
         Ok(())
     }

@@ -6,6 +6,7 @@ use fearless_simd::Level;
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use super::bf16::Bf16;
 use super::simd::{LANES, Line};
 use crate::error::{Error, Kind, Result};
 
@@ -18,6 +19,8 @@ pub struct Threads {
     pool: Arc<ThreadPool>,
     scratch: Arc<[Mutex<Scratch>]>,
     pub level: Level,
+    /// Whether projections with bf16 weights round their inputs to bf16.
+    pub bf16: Option<Bf16>,
 }
 
 /// Memory of one thread. Grows to what the largest op needs, and then no more.
@@ -41,7 +44,7 @@ impl Scratch {
 
 impl Threads {
     /// `count` threads, or one for every core that this process may use. Errors: Argument for 0 or more than 1024.
-    pub fn new(count: Option<usize>, level: Level) -> Result<Self> {
+    pub fn new(count: Option<usize>, level: Level, bf16: Option<Bf16>) -> Result<Self> {
         let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         if !(1..=1024).contains(&count) {
             return Err(Error::new(Kind::Argument, format!("{count} threads")).action("give a number from 1 to 1024"));
@@ -51,7 +54,7 @@ impl Threads {
             Error::new(Kind::Memory, format!("{count} threads cannot be started: {e}"))
                 .action("use fewer with --threads")
         })?;
-        Ok(Threads { pool: Arc::new(pool), scratch: (0..count).map(|_| Mutex::default()).collect(), level })
+        Ok(Threads { pool: Arc::new(pool), scratch: (0..count).map(|_| Mutex::default()).collect(), level, bf16 })
     }
 
     pub fn count(&self) -> usize {
