@@ -34,12 +34,8 @@ fn logits_stay_close_to_those_of_f32() {
     };
     let Some(rounded) = dense(Precision::Bf16) else { return };
     let exact = dense(Precision::F32).unwrap();
-    eprintln!(
-        // Measured: 0.2%.
-        rounded.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max)
-            / exact.iter().fold(0f32, |m, x| m.max(x.abs()))
-    );
-    assert_close("log-probabilities", &rounded, &exact, 0.02);
+    // Measured: 0.2%.
+    assert_close("log-probabilities", &rounded, &exact, 0.01);
     assert_ne!(rounded, exact, "bf16 is really used");
 }
 
