@@ -178,13 +178,16 @@ impl Engine {
         self.check(seqs)?;
         let steps: Vec<_> = seqs.iter().map(|&(Seq(slot), ids)| (slot, self.positions[slot.index()], ids)).collect();
         self.state.run(self.backend.as_mut(), &self.model, phase, &steps)?;
-        for &(Seq(slot), ids) in seqs {
-            self.positions[slot.index()] += ids.len();
-        }
         let vocab = self.model.config.vocab;
         self.logits.resize(seqs.len() * vocab, 0.0);
         self.backend.read_floats(self.state.plan.buffers.logits.rows(0..seqs.len()), &mut self.logits)?;
-        self.check_finite()?;
+        if !self.logits.iter().all(|x| x.is_finite()) {
+            self.state.undo(self.backend.as_mut())?;
+            return Err(self.not_finite());
+        }
+        for &(Seq(slot), ids) in seqs {
+            self.positions[slot.index()] += ids.len();
+        }
         Ok(&self.logits)
     }
 
@@ -223,17 +226,15 @@ impl Engine {
         Ok(())
     }
 
-    fn check_finite(&self) -> Result<()> {
-        if self.logits.iter().all(|x| x.is_finite()) {
-            return Ok(());
-        }
-        Err(match self.weights.find_non_finite() {
+    /// Why logits are not numbers.
+    fn not_finite(&self) -> Error {
+        match self.weights.find_non_finite() {
             Some((tensor, path)) => Error::new(Kind::Numeric, format!("tensor {tensor} holds a NaN or an infinity"))
                 .at(path)
                 .action("get the model again; its file is damaged"),
             None => Error::new(Kind::Numeric, "the logits are not finite, although all weights are")
                 .action("the activations overflow: check the model's dtype and config.json"),
-        })
+        }
     }
 
     /// After [`prefill`](Self::prefill) of one sequence: the natural log-probability of `targets[i]` behind its i-th
@@ -251,11 +252,7 @@ impl Engine {
         let (be, state, model) = (self.backend.as_mut(), &self.state, &self.model);
         let mut out = vec![0.0; targets.len()];
         be.step(None, &mut |be| model.logprobs(be, state, targets, &mut out))?;
-        if out.iter().any(|x| x.is_nan()) {
-            self.logits.fill(f32::NAN);
-            self.check_finite()?;
-        }
-        Ok(out)
+        if out.iter().all(|x| x.is_finite()) { Ok(out) } else { Err(self.not_finite()) }
     }
 
     /// Lets `watch` see how far each prefill is, and stop it: the prefill then fails as Interrupted, with the sequences as

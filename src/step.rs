@@ -85,7 +85,7 @@ pub(crate) struct State {
     decisions: Vec<u32>,
     /// `[layers · sequences]`: K/V rows before the step, to roll back to.
     before: Vec<usize>,
-    /// A decode step has run whose counts are not known yet.
+    /// A step has run whose counts or decisions are not known yet.
     unsettled: bool,
     scratch: Vec<u32>,
     floats: Vec<f32>,
@@ -131,21 +131,18 @@ impl State {
         seqs: &[(Slot, usize, &[u32])],
     ) -> Result<()> {
         self.settle(be, model)?;
-        self.begin(be, model, phase, seqs)?;
-        let key = (phase == Phase::Decode).then_some(StepKey { rows: self.rows() });
-        let result = be.step(key, &mut |be| {
-            model.forward(be, self)?;
-            model.head(be, self, self.sequences())
+        let key = StepKey { rows: seqs.iter().map(|(_, _, ids)| ids.len()).sum() };
+        let result = self.begin(be, model, phase, seqs).and_then(|()| {
+            be.step((phase == Phase::Decode).then_some(key), &mut |be| {
+                model.forward(be, self)?;
+                model.head(be, self, self.sequences())
+            })
         });
         match result {
             Ok(()) => self.unsettled = true,
-            Err(_) => self.roll_back(be)?,
+            Err(_) => self.undo(be)?,
         }
-        result?;
-        if phase == Phase::Prefill {
-            self.settle(be, model)?;
-        }
-        Ok(())
+        result
     }
 
     fn begin(
@@ -324,7 +321,9 @@ impl State {
         Ok(())
     }
 
-    fn roll_back(&mut self, be: &mut dyn Backend) -> Result<()> {
+    /// Makes the sequences what they were before the last step.
+    pub fn undo(&mut self, be: &mut dyn Backend) -> Result<()> {
+        self.unsettled = false;
         for layer in 0..self.plan.kv.layers {
             for (i, s) in self.seqs.iter().enumerate() {
                 let rows = self.before[layer * self.seqs.len() + i];
@@ -332,6 +331,7 @@ impl State {
                 be.kv_len(layer, s.slot.index(), rows)?;
             }
         }
+        self.seqs.clear();
         Ok(())
     }
 

@@ -441,6 +441,43 @@ fn pages_follow_the_sequences() {
     }
 }
 
+/// After a step that fails, everything is as before it: the next one gives the bits that it would have given.
+#[test]
+fn failed_steps_leave_no_trace() {
+    let folder = root().join("model");
+    for settings in all_settings() {
+        let gates = routing(&root().join("routers/bare.safetensors"), settings);
+        let mut engine = engine(&folder, Some(gates), &options(2, 64));
+        let (prompt, more) = (ids(20, 192, 10), ids(30, 192, 11));
+        let expected = {
+            let seq = engine.open().unwrap();
+            engine.prefill(&[(seq, &prompt)]).unwrap();
+            engine.prefill(&[(seq, &more)]).unwrap();
+            let logits = engine.decode(&[(seq, 5)]).unwrap().to_vec();
+            engine.close(seq).unwrap();
+            logits
+        };
+        let seq = engine.open().unwrap();
+        engine.prefill(&[(seq, &prompt)]).unwrap();
+        let before = engine.kv_usage().unwrap();
+        let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+        let asked = stop.clone();
+        engine.watch(move |done| {
+            let stop = done > 0.5 && asked.load(std::sync::atomic::Ordering::Relaxed);
+            if stop { std::ops::ControlFlow::Break(()) } else { std::ops::ControlFlow::Continue(()) }
+        });
+        let error = engine.prefill(&[(seq, &more)]).unwrap_err();
+        assert_eq!(error.kind(), mindskip::Kind::Interrupted);
+        assert!(engine.prefill(&[(seq, &ids(60, 192, 12))]).is_err(), "longer than the context");
+        assert!(engine.decode(&[(seq, 192)]).is_err(), "no such token");
+        assert_eq!((engine.position(seq), engine.kv_usage().unwrap()), (20, before), "{settings:?}");
+        stop.store(false, std::sync::atomic::Ordering::Relaxed);
+        engine.prefill(&[(seq, &more)]).unwrap();
+        assert_bits(&format!("{settings:?}"), engine.decode(&[(seq, 5)]).unwrap(), &expected);
+        engine.close(seq).unwrap();
+    }
+}
+
 /// Routed by its own file, without overrides: metadata settings, bare files and the paper's folders.
 #[test]
 fn router_files_route_by_themselves() {
