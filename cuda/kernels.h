@@ -1,0 +1,219 @@
+/* The contract between the kernels and Rust: one argument struct for each kernel, in plain C.
+ *
+ * src/backend/cuda/kernels.rs is made from this file by bindgen and committed. Activations and K/V are stored in the type
+ * that the kernel's name ends in: f32, f16 or bf16. Matrices have that type too; vectors, the residual stream, router
+ * logits and partial results are f32. Widths that are summed over, and head_dim, are multiples of 8; buffers start at
+ * multiples of 16 bytes.
+ */
+#ifndef MINDSKIP_KERNELS_H
+#define MINDSKIP_KERNELS_H
+
+#include <stdint.h>
+
+/* Rows of one page of the KV cache. */
+#define KV_PAGE 64
+
+/* What an op did, added up by the kernel over its calls; the host makes FLOPs and bytes of it. */
+typedef struct WorkCount {
+    uint64_t row_calls; /* calls that had rows */
+    uint64_t rows;
+    uint64_t kv_calls; /* calls that had K/V rows */
+    uint64_t kv_rows;
+    uint64_t pairs; /* (query row, K/V row) pairs */
+} WorkCount;
+
+/* The rows an op works on: index[0..n), ascending; n = *count, or bound where count is null. Nothing of index is read
+ * beyond n. */
+typedef struct RowSet {
+    const uint32_t *index;
+    const uint32_t *count;
+    uint32_t bound;
+} RowSet;
+
+/* The K/V of one layer. Row r of a sequence stands in page tables[slot][r / KV_PAGE], at r % KV_PAGE. */
+typedef struct KvLayer {
+    void *data;             /* [pages, kv_heads, 2, KV_PAGE, head_dim]: K, then V */
+    uint32_t *positions;    /* [pages, KV_PAGE]: original positions */
+    const uint32_t *tables; /* [slots, pages_per_seq] */
+    uint32_t *lens;         /* [slots]: rows held */
+    uint32_t pages_per_seq;
+    uint32_t kv_heads;
+    uint32_t head_dim;
+} KvLayer;
+
+/* pointwise.cu */
+
+/* out[i] = table[ids[i]]. A block a row. */
+typedef struct EmbedArgs {
+    const void *table;   /* [vocab, width] */
+    const uint32_t *ids; /* [rows] */
+    float *out;          /* [rows, width] */
+    uint32_t rows;
+    uint32_t width;
+} EmbedArgs;
+
+/* out[i] = [cos(pos[i] * f) | sin(pos[i] * f)], the product rounded to f32 first. A block a row. */
+typedef struct RopeAnglesArgs {
+    const uint32_t *pos;   /* [rows] */
+    const float *inv_freq; /* [half] */
+    float *out;            /* [rows, 2 * half] */
+    uint32_t rows;
+    uint32_t half;
+} RopeAnglesArgs;
+
+/* out[i] = x[index[i]] / sqrt(mean(x^2) + eps) * weight, and logits[index[i]] = out[i] . router before it is rounded. A
+ * block a row. */
+typedef struct NormGateArgs {
+    const float *x; /* [*, width] */
+    RowSet rows;
+    const float *weight; /* [width] */
+    float eps;
+    uint32_t width;
+    void *out;           /* [rows, width] */
+    const float *router; /* [width], or null */
+    float *logits;       /* [*] */
+    WorkCount *work;     /* or null */
+} NormGateArgs;
+
+/* out[i] = src[index[i] - base]. A block a row. */
+typedef struct GatherArgs {
+    const void *src; /* [*, width] */
+    RowSet rows;
+    uint32_t base;
+    uint32_t width;
+    void *out; /* [rows, width] */
+} GatherArgs;
+
+/* x[index[i]] += src[i] + bias. A block a row. */
+typedef struct ScatterAddArgs {
+    const float *src;  /* [rows, width] */
+    const float *bias; /* [width], or null */
+    RowSet rows;
+    uint32_t width;
+    float *x; /* [*, width] */
+} ScatterAddArgs;
+
+/* out = silu(gate + gate_bias) * (up + up_bias), out may be gate. */
+typedef struct SiluMulArgs {
+    const void *gate; /* [rows, width] */
+    const void *up;
+    const float *gate_bias; /* [width], or null */
+    const float *up_bias;
+    void *out;
+    uint32_t rows;
+    uint32_t width;
+} SiluMulArgs;
+
+/* out[i] += bias: behind a product that has none of its own. A block a row. */
+typedef struct BiasArgs {
+    void *out; /* [rows, width] */
+    const float *bias;
+    uint32_t rows;
+    uint32_t width;
+} BiasArgs;
+
+/* out[i] = logits[i, targets[i]] - logsumexp(logits[i]); NaN for a row with a NaN, +inf, or nothing but -inf. A block a
+ * row. */
+typedef struct LogProbsArgs {
+    const float *logits;     /* [rows, vocab] */
+    const uint32_t *targets; /* [rows] */
+    float *out;              /* [rows] */
+    uint32_t rows;
+    uint32_t vocab;
+} LogProbsArgs;
+
+/* Puts values from the host in their places: runs of [offset, length, values...], one block a run. */
+typedef struct PutIntsArgs {
+    const uint32_t *runs;
+    const uint32_t *starts; /* [n]: where each run begins */
+    uint32_t *ints;
+} PutIntsArgs;
+
+/* route.cu */
+
+enum RouteDecide { ROUTE_ALL, ROUTE_THRESHOLD, ROUTE_TOP_K, ROUTE_SEQUENCE };
+
+/* See Route in src/backend/ops.rs. One block. */
+typedef struct RouteArgs {
+    const float *logits; /* [rows] */
+    const uint32_t *pos; /* [rows] */
+    const uint32_t *seq_start; /* [seqs + 1] */
+    const uint32_t *slots;     /* [seqs] */
+    uint32_t *decided;         /* [seqs] */
+    const uint32_t *cut_rows;  /* [cuts] */
+    uint32_t *active;          /* [rows] */
+    uint32_t *active_at;       /* [cuts] */
+    uint32_t *first;           /* [rows] */
+    uint32_t *end;             /* [rows] */
+    uint32_t *kv_row;          /* [rows] */
+    KvLayer kv;
+    uint32_t rows;
+    uint32_t seqs;
+    uint32_t cuts;
+    uint32_t decide; /* RouteDecide */
+    float share;     /* the threshold, or the share of ROUTE_TOP_K */
+    uint32_t window; /* in original positions; 0: none */
+    uint32_t queries_active; /* 0: every row queries */
+    uint32_t keys_active;    /* 0: every row keeps its K/V */
+} RouteArgs;
+
+/* rope_append.cu: q/k norm, RoPE and K/V into their pages. A warp a head of a row. */
+typedef struct RopeAppendArgs {
+    const float *angles;      /* [*, head_dim]: cosines, then sines, by row of the residual stream */
+    const uint32_t *pos;      /* [*] */
+    const uint32_t *row_slot; /* [*] */
+    RowSet q_rows;
+    RowSet kv_rows;
+    const uint32_t *kv_row; /* [kv_rows] */
+    void *q;                /* [q_rows, heads, head_dim], in place */
+    const void *k;          /* [kv_rows, kv_heads, head_dim] */
+    const void *v;
+    const float *q_norm; /* [head_dim], or null */
+    const float *k_norm;
+    float eps;
+    uint32_t heads;
+    KvLayer kv;
+    WorkCount *work; /* or null */
+} RopeAppendArgs;
+
+/* attention_*.cu: out[i] = softmax(scale * q[i] . K) . V over the K/V rows [first[i], end[i]) of the row's sequence. Both
+ * ends ascend within a sequence, whose rows stand together. */
+typedef struct AttendArgs {
+    const void *q; /* [rows, heads, head_dim] */
+    void *out;     /* [rows, heads, head_dim] */
+    RowSet rows;
+    const uint32_t *row_slot; /* [*], by row of the residual stream */
+    const uint32_t *first;    /* [rows] */
+    const uint32_t *end;      /* [rows] */
+    KvLayer kv;
+    uint32_t heads;
+    float scale;
+    /* Decode: K/V of a row are split among `splits` blocks; the last one to end merges. */
+    uint32_t splits;
+    float *partial;    /* [rows, heads, splits, head_dim + 2]: sums, maximum, denominator */
+    uint32_t *tickets; /* [rows, kv_heads], zero before and after */
+    WorkCount *work;
+} AttendArgs;
+
+/* skinny_gemm.cu: few rows through weights that are streamed once. */
+
+/* One product: out[i] = src[..]. weight^T + bias. */
+typedef struct Product {
+    const void *weight; /* [n, k] */
+    const float *bias;  /* [n], or null */
+    void *out;          /* [rows, n], or the residual stream [*, n] */
+    uint32_t n;
+    uint32_t set; /* which of the row sets */
+} Product;
+
+typedef struct SkinnyArgs {
+    const void *src; /* [*, k] */
+    uint32_t k;
+    uint32_t base; /* gathering: source row i is src[index[i] - base] */
+    RowSet rows[2];
+    Product of[3];
+    uint32_t products;
+    WorkCount *work; /* or null */
+} SkinnyArgs;
+
+#endif

@@ -1,0 +1,132 @@
+//! What the CUDA backend asks of a device: memory, launches on one stream, products, recorded steps. A GPU's driver does it
+//! (`driver`), or the emulator (`emulated`); the backend does not know which.
+
+use std::ffi::c_void;
+
+use crate::error::Result;
+use crate::tensor::DType;
+
+/// An address in the device's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Address(pub u64);
+
+impl Address {
+    pub fn plus(self, bytes: usize) -> Address {
+        Address(self.0 + bytes as u64)
+    }
+}
+
+/// A kernel that was found by its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Function(pub usize);
+
+/// A recorded run of launches and products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Graph(pub usize);
+
+/// The geometry of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Launch {
+    /// Blocks; a launch with a 0 among them does nothing.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+}
+
+/// A product of dense rows: `out = src · weightᵀ`, or added to what `out` holds. Row-major without gaps, f32 accumulation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gemm {
+    /// `[n, k]`
+    pub weight: Address,
+    /// `[m, k]`
+    pub src: Address,
+    /// `[m, n]`
+    pub out: Address,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// Of `weight` and `src`.
+    pub dtype: DType,
+    /// Of `out`: `dtype` or f32.
+    pub out_dtype: DType,
+    pub add: bool,
+}
+
+/// What stands in a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// "NVIDIA H200".
+    pub name: String,
+    /// 9.0 is (9, 0).
+    pub compute_capability: (u32, u32),
+    pub multiprocessors: u32,
+    /// Bytes of shared memory that a block may ask for.
+    pub shared_per_block: u32,
+    /// Bytes in all, and free when the device was opened.
+    pub memory: u64,
+    pub free_memory: u64,
+}
+
+/// What a device was asked for since it was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Kernels and products that were sent one by one.
+    pub launches: u64,
+    /// Recorded runs that were sent again.
+    pub replays: u64,
+    /// Times the host waited for the device.
+    pub syncs: u64,
+    /// Copies from and to the host, and their bytes.
+    pub copies_in: u64,
+    pub bytes_in: u64,
+    pub copies_out: u64,
+    pub bytes_out: u64,
+    pub allocations: u64,
+}
+
+/// A device with one stream: what is asked of it happens in order. What runs there may fail later; the next call that
+/// waits reports it.
+pub trait Device: Send {
+    fn description(&self) -> &Description;
+
+    /// Errors: Device when no module has it.
+    fn function(&mut self, name: &str) -> Result<Function>;
+
+    /// Memory that is freed with the device. Errors: Memory.
+    fn allocate(&mut self, bytes: usize) -> Result<Address>;
+
+    /// Copies from the host; `bytes` may be changed when this returns.
+    fn copy_in(&mut self, to: Address, bytes: &[u8]) -> Result<()>;
+
+    /// Waits for all that was asked for so far and copies to the host.
+    fn copy_out(&mut self, from: Address, bytes: &mut [u8]) -> Result<()>;
+
+    /// Fills with zeros.
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<()>;
+
+    /// Launches `function` with the argument struct at `args` of `size` bytes, which is copied.
+    ///
+    /// # Safety
+    /// `args` points to the argument struct of this kernel, and its addresses to memory of this device that is as large
+    /// as the kernel takes it to be.
+    #[allow(unsafe_code)]
+    unsafe fn launch(&mut self, function: Function, launch: Launch, args: *const c_void, size: usize) -> Result<()>;
+
+    /// # Safety
+    /// The addresses point to memory of this device that is large enough.
+    #[allow(unsafe_code)]
+    unsafe fn gemm(&mut self, gemm: &Gemm) -> Result<()>;
+
+    /// From here on launches and products are recorded instead of run, until [`end_record`](Self::end_record).
+    fn begin_record(&mut self) -> Result<()>;
+
+    /// What was recorded; nothing of it has run yet.
+    fn end_record(&mut self) -> Result<Graph>;
+
+    /// Runs a recording.
+    fn replay(&mut self, graph: Graph) -> Result<()>;
+
+    fn counters(&self) -> &Counters;
+}
