@@ -2,8 +2,8 @@
  *
  * src/backend/cuda/kernels.rs is made from this file by bindgen and committed. Activations and K/V are stored in the type
  * that the kernel's name ends in: f32, f16 or bf16. Matrices have that type too; vectors, the residual stream, router
- * logits and partial results are f32. Widths that are summed over, and head_dim, are multiples of 8; buffers start at
- * multiples of 16 bytes.
+ * logits and partial results are f32. Widths that are summed over are multiples of 8, head_dim is one of 16 and at most
+ * 256; buffers start at multiples of 16 bytes.
  */
 #ifndef MINDSKIP_KERNELS_H
 #define MINDSKIP_KERNELS_H
@@ -80,7 +80,7 @@ typedef struct GatherArgs {
     const void *src; /* [*, width] */
     RowSet rows;
     uint32_t base;
-    uint32_t width;
+    uint32_t width; /* of 16 bytes each */
     void *out; /* [rows, width] */
 } GatherArgs;
 
@@ -131,7 +131,10 @@ typedef struct PutIntsArgs {
 
 /* route.cu */
 
-enum RouteDecide { ROUTE_ALL, ROUTE_THRESHOLD, ROUTE_TOP_K, ROUTE_SEQUENCE };
+#define ROUTE_ALL 0
+#define ROUTE_THRESHOLD 1
+#define ROUTE_TOP_K 2
+#define ROUTE_SEQUENCE 3
 
 /* See Route in src/backend/ops.rs. One block. */
 typedef struct RouteArgs {
@@ -146,18 +149,19 @@ typedef struct RouteArgs {
     uint32_t *first;           /* [rows] */
     uint32_t *end;             /* [rows] */
     uint32_t *kv_row;          /* [rows] */
+    uint32_t *scratch;         /* [rows + 1] */
     KvLayer kv;
     uint32_t rows;
     uint32_t seqs;
     uint32_t cuts;
-    uint32_t decide; /* RouteDecide */
+    uint32_t decide; /* ROUTE_... */
     float share;     /* the threshold, or the share of ROUTE_TOP_K */
     uint32_t window; /* in original positions; 0: none */
     uint32_t queries_active; /* 0: every row queries */
     uint32_t keys_active;    /* 0: every row keeps its K/V */
 } RouteArgs;
 
-/* rope_append.cu: q/k norm, RoPE and K/V into their pages. A warp a head of a row. */
+/* rope_append.cu: q/k norm, RoPE and K/V into their pages. Heads take head_dim / 16 threads, rounded up to a power of 2. */
 typedef struct RopeAppendArgs {
     const float *angles;      /* [*, head_dim]: cosines, then sines, by row of the residual stream */
     const uint32_t *pos;      /* [*] */
@@ -210,9 +214,8 @@ typedef struct SkinnyArgs {
     const void *src; /* [*, k] */
     uint32_t k;
     uint32_t base; /* gathering: source row i is src[index[i] - base] */
-    RowSet rows[2];
+    RowSet rows[2]; /* index null: there is none */
     Product of[3];
-    uint32_t products;
     WorkCount *work; /* or null */
 } SkinnyArgs;
 

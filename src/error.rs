@@ -25,6 +25,8 @@ pub enum Kind {
     Numeric,
     /// A router file belongs to another base model.
     Mismatch,
+    /// A GPU, its driver or one of its libraries failed.
+    Device,
     /// The caller asked for it to stop.
     Interrupted,
 }

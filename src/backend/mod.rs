@@ -6,6 +6,8 @@
 //! memory planner has placed (`memory.rs`), so a step allocates nothing and handles are `Copy`.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod ops;
 #[cfg(test)]
 mod twin;

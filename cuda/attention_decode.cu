@@ -1,0 +1,417 @@
+// Flash attention of few query rows, each with K/V of its own: what counts is the bandwidth of memory.
+//
+// A block takes a share of the K/V rows of a query row and K/V head, for all query heads of that head at once; its warps
+// take turns, 16 K/V rows at a time (f32: 4). How many of the `splits` blocks have work follows from the row's range: a
+// block of its own is worth DECODE_PAGES pages or more. Warps merge in shared memory, blocks in args.partial, by the last
+// one to end; always in the same order, so that the same input gives the same bits.
+//
+// Launch: grid (bound, kv_heads, splits), 128 threads, dynamic shared memory decode_shared(head_dim, heads / kv_heads).
+// HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim. args.partial and args.tickets are not touched
+// when splits is 1.
+//
+// K/V go from memory straight into the registers of the tensor cores, past the L1 cache and shared memory. 16 bytes a lane
+// are 8 numbers along head_dim where mma means 2, but neither a sum over head_dim minds in which order it is taken, nor do
+// the columns of a result where they stand in memory. There is no barrier and no copy between a load and its use, and a
+// warp has 2 * HD / 16 loads of 512 bytes under way: at HD 128 8 KiB, 64 KiB in the 8 warps that registers allow for on a
+// multiprocessor, where 20 KiB cover 0.8 us at 3.3 TB/s on 132 of them (expected).
+
+#include "attention.cuh"
+
+namespace {
+
+// The part of a block.
+struct Part {
+    uint32_t row, kv_head, split, useful; // useful: blocks that share the row and K/V head
+    uint32_t group, slot, from, to;       // K/V rows [from, to)
+
+    __device__ bool take(const AttendArgs& args) {
+        row = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
+        const uint32_t n = count_of(args.rows);
+        if (row >= n) return false;
+        if (kv_head == 0 && split == 0 && threadIdx.x < WARP) note_attention(args, row, row + 1, n);
+        group = args.heads / args.kv.kv_heads;
+        slot = slot_of(args, row);
+        from = args.first[row], to = args.end[row];
+        const uint32_t page = from / KV_PAGE, pages = from < to ? (to - 1) / KV_PAGE + 1 - page : 0;
+        const uint32_t each = max(DECODE_PAGES, (pages + args.splits - 1) / args.splits);
+        useful = max(1u, (pages + each - 1) / each);
+        from = max(from, (page + split * each) * KV_PAGE);
+        to = min(to, (page + (split + 1) * each) * KV_PAGE);
+        return split < useful;
+    }
+};
+
+// Sums, maximum and denominator of a query head.
+struct State {
+    float sum, top, total;
+
+    // `by(i)` of `count` states, in order.
+    template <class F> static __device__ State merge(uint32_t count, float scale2, F by) {
+        State all{0.0f, -INF, 0.0f};
+        for (uint32_t i = 0; i < count; i++) all.top = fmaxf(all.top, by(i).top);
+        const float base = finite_top(all.top);
+        for (uint32_t i = 0; i < count; i++) {
+            const State part = by(i);
+            const float weight = weight_of(part.top, base, scale2);
+            all.sum += part.sum * weight;
+            all.total += part.total * weight;
+        }
+        return all;
+    }
+};
+
+// What the warps found for the heads [head, head + heads) of the group, in shared memory: [warp, heads, head_dim] sums,
+// [warp, heads, 2] maximum and denominator.
+struct Found {
+    float *sums, *state;
+    uint32_t heads, head_dim;
+
+    __device__ Found(float* room, uint32_t heads, uint32_t head_dim)
+        : sums(room), state(room + ATTEND_WARPS * heads * head_dim), heads(heads), head_dim(head_dim) {}
+    __device__ float* sums_of(uint32_t warp, uint32_t head) const { return sums + (warp * heads + head) * head_dim; }
+    __device__ float* state_of(uint32_t warp, uint32_t head) const { return state + (warp * heads + head) * 2; }
+};
+
+// Where a block leaves what it found for a query head: head_dim sums, maximum, denominator.
+__device__ inline float* partial_of(const AttendArgs& args, const Part& part, uint32_t head, uint32_t split) {
+    const size_t at = (size_t(part.row) * args.heads + part.kv_head * part.group + head) * args.splits + split;
+    return args.partial + at * (args.kv.head_dim + 2);
+}
+
+template <class T> __device__ inline T* out_of(const AttendArgs& args, const Part& part, uint32_t head) {
+    return (T*)args.out + query_at(args, part.row, part.kv_head * part.group + head);
+}
+
+// Merges the warps: to `out` when nobody else has a part, else to the block's partial.
+template <class T>
+__device__ void merge_warps(const AttendArgs& args, const Part& part, const Found& found, uint32_t head0, float scale2) {
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < found.heads * found.head_dim; i += ATTEND_THREADS) {
+        const uint32_t head = i / found.head_dim, column = i % found.head_dim;
+        const State state = State::merge(ATTEND_WARPS, scale2, [&](uint32_t warp) {
+            const float* of = found.state_of(warp, head);
+            return State{found.sums_of(warp, head)[column], of[0], of[1]};
+        });
+        if (part.useful == 1) {
+            out_of<T>(args, part, head0 + head)[column] = from_f32<T>(state.sum / state.total);
+        } else {
+            float* to = partial_of(args, part, head0 + head, part.split);
+            to[column] = state.sum;
+            if (column == 0) to[found.head_dim] = state.top, to[found.head_dim + 1] = state.total;
+        }
+    }
+    __syncthreads();
+}
+
+// The last block of the row and K/V head to come here merges what all of them left.
+template <class T> __device__ void merge_blocks(const AttendArgs& args, const Part& part, float scale2) {
+    if (part.useful == 1) return;
+    uint32_t* const ticket = args.tickets + part.row * args.kv.kv_heads + part.kv_head;
+    __threadfence(); // this block's partials come before its ticket
+    __syncthreads();
+    const bool last = threadIdx.x == 0 && atomicAdd(ticket, 1u) == part.useful - 1;
+    if (!__syncthreads_or(last)) return;
+    if (threadIdx.x == 0) *ticket = 0;
+    __threadfence(); // the others' partials come behind theirs, and not from a stale L1 line
+    const uint32_t head_dim = args.kv.head_dim;
+    for (uint32_t i = threadIdx.x; i < part.group * head_dim; i += ATTEND_THREADS) {
+        const uint32_t head = i / head_dim, column = i % head_dim;
+        const State state = State::merge(part.useful, scale2, [&](uint32_t split) {
+            const float* of = partial_of(args, part, head, split);
+            return State{of[column], of[head_dim], of[head_dim + 1]};
+        });
+        out_of<T>(args, part, head)[column] = from_f32<T>(state.sum / state.total);
+    }
+}
+
+// K of 16 rows from `row` on. With g = lane / 4 and t = lane % 4, a lane has numbers 32c + 8t to 32c + 8t + 7 of rows g and
+// g + 8: the right operand of two steps of mma along head_dim, which takes its numbers from any places, if the queries
+// come from the same. Rows that are not seen, which may never have been written, are not read.
+template <int HD> struct Keys {
+    static constexpr int CHUNKS = (HD + 31) / 32;
+    uint4 at[2][CHUNKS];
+
+    template <class T> __device__ void load(const AttendArgs& args, const Part& part, const T* keys, uint32_t row) {
+        const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint32_t r = g + 8 * half;
+            const bool seen = row + r >= part.from && row + r < part.to;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                const uint32_t column = 32 * c + 8 * t;
+                const bool valid = seen && column < args.kv.head_dim;
+                at[half][c] = valid ? load_once(keys + r * args.kv.head_dim + column) : make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+};
+
+// V of the same rows, columns [64c, 64c + 64) of chunks c from FROM on. A lane has columns 64c + 8g to 64c + 8g + 7 of the
+// K/V rows that its weights belong to: 2t, 2t + 1, 2t + 8, 2t + 9. 8 lanes read 128 bytes in one piece.
+template <int HD> struct Values {
+    static constexpr int CHUNKS = (HD + 63) / 64;
+    uint4 at[CHUNKS][4];
+
+    template <class T> __device__ void load(const AttendArgs& args, const Part& part, const T* keys, uint32_t row) {
+        const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+        const T* const values = keys + KV_PAGE * args.kv.head_dim;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t r = 2 * t + i % 2 + 8 * (i / 2);
+            const bool seen = row + r >= part.from && row + r < part.to;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; c++) {
+                const uint32_t column = 64 * c + 8 * g;
+                const bool valid = seen && column < args.kv.head_dim;
+                at[c][i] = valid ? load_once(values + r * args.kv.head_dim + column) : make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+};
+
+__device__ inline uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
+// The first product has the heads as its 16 rows and the K/V rows as its columns. The second one is transposed, columns of V
+// by heads, so that 8 heads, which are enough for most models, need half the registers of 16; its right operand is what the
+// first one left in each thread.
+template <class T, int HD> __device__ void decode(const AttendArgs& args) {
+    constexpr int HEADS = DECODE_HEADS<HD>, TILES = HEADS / 8;
+    // Registers for K of the next rows while V of these are on their way.
+    constexpr bool AHEAD = HD <= 128;
+    extern __shared__ uint4 shared[];
+    Part part;
+    if (!part.take(args)) return;
+    const float scale2 = args.scale * LOG2E;
+    const uint32_t head_dim = args.kv.head_dim;
+    const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const auto keys_at = [&](uint32_t row) { return key_at<T>(args.kv, part.slot, part.kv_head, row); };
+
+    for (uint32_t head0 = 0; head0 < part.group; head0 += HEADS) {
+        const uint32_t heads = min(part.group - head0, uint32_t(HEADS));
+        uint4 q[Keys<HD>::CHUNKS][TILES];
+#pragma unroll
+        for (int c = 0; c < Keys<HD>::CHUNKS; c++) {
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                const uint32_t head = g + 8 * tile, column = 32 * c + 8 * t;
+                const T* from = (const T*)args.q + query_at(args, part.row, part.kv_head * part.group + head0 + head) + column;
+                q[c][tile] = head < heads && column < head_dim ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+            }
+        }
+        // Columns 64c + 8g + 2j of heads 2t, 2t + 1 of a tile, then the next column of both.
+        float out[Values<HD>::CHUNKS][4][TILES][4] = {};
+        float top[TILES], total[TILES]; // of head g of a tile, total over the thread's K/V rows
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) top[tile] = -INF, total[tile] = 0.0f;
+
+        uint32_t row = (part.from / 16 + warp) * 16;
+        const T* keys = row < part.to ? keys_at(row) : nullptr;
+        Keys<HD> k;
+        if (AHEAD && keys) k.load(args, part, keys, row);
+        while (row < part.to) {
+            const uint32_t next = row + 16 * ATTEND_WARPS;
+            const T* const next_keys = next < part.to ? keys_at(next) : nullptr;
+            Values<HD> v;
+            if (AHEAD) v.load(args, part, keys, row);
+            else k.load(args, part, keys, row);
+            float scores[2][4] = {}; // K/V rows 8i + 2t, 8i + 2t + 1, of heads g, then g + 8
+#pragma unroll
+            for (int c = 0; c < Keys<HD>::CHUNKS; c++) {
+#pragma unroll
+                for (int step = 0; step < 4; step += 2) {
+                    uint32_t a[4] = {word_of(q[c][0], step), 0, word_of(q[c][0], step + 1), 0};
+                    if (TILES > 1) a[1] = word_of(q[c][TILES - 1], step), a[3] = word_of(q[c][TILES - 1], step + 1);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        multiply_add<T>(scores[i], a, {word_of(k.at[i][c], step), word_of(k.at[i][c], step + 1)});
+                    }
+                }
+            }
+            if (!AHEAD) v.load(args, part, keys, row);
+            else if (next_keys) k.load(args, part, next_keys, next);
+
+            uint32_t weights[TILES][2];
+            float shrink[TILES];
+            bool grown = false;
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) {
+                float high = top[tile];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        const uint32_t r = row + 8 * i + 2 * t + j;
+                        float& score = scores[i][2 * tile + j];
+                        if (r < part.from || r >= part.to) score = -INF;
+                        high = fmaxf(high, score);
+                    }
+                }
+                high = fmaxf(high, __shfl_xor_sync(FULL, high, 1));
+                high = fmaxf(high, __shfl_xor_sync(FULL, high, 2));
+                const float base = finite_top(high);
+                shrink[tile] = weight_of(top[tile], base, scale2);
+                grown |= shrink[tile] != 1.0f;
+                top[tile] = high;
+                total[tile] *= shrink[tile];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float lo = weight_of(scores[i][2 * tile], base, scale2);
+                    const float hi = weight_of(scores[i][2 * tile + 1], base, scale2);
+                    total[tile] += lo + hi;
+                    weights[tile][i] = pack<T>(lo, hi);
+                }
+            }
+            if (__any_sync(FULL, grown)) {
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile++) {
+                    const float lo = __shfl_sync(FULL, shrink[tile], 8 * t), hi = __shfl_sync(FULL, shrink[tile], 8 * t + 4);
+#pragma unroll
+                    for (auto& chunk : out) {
+#pragma unroll
+                        for (auto& columns : chunk) {
+                            columns[tile][0] *= lo, columns[tile][1] *= hi, columns[tile][2] *= lo, columns[tile][3] *= hi;
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int c = 0; c < Values<HD>::CHUNKS; c++) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    // Two K/V rows of a column in a word, where memory has two columns of a row.
+                    uint32_t a[4];
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const uint32_t one = word_of(v.at[c][2 * i], j), other = word_of(v.at[c][2 * i + 1], j);
+                        a[2 * i] = (one & 0xffff) | other << 16;
+                        a[2 * i + 1] = one >> 16 | (other & 0xffff0000);
+                    }
+#pragma unroll
+                    for (int tile = 0; tile < TILES; tile++) multiply_add<T>(out[c][j][tile], a, weights[tile]);
+                }
+            }
+            row = next, keys = next_keys;
+        }
+
+        const Found found((float*)shared, heads, head_dim);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+            total[tile] += __shfl_xor_sync(FULL, total[tile], 1);
+            total[tile] += __shfl_xor_sync(FULL, total[tile], 2);
+            if (t == 0 && g + 8 * tile < heads) {
+                float* const to = found.state_of(warp, g + 8 * tile);
+                to[0] = top[tile], to[1] = total[tile];
+            }
+#pragma unroll
+            for (int side = 0; side < 2; side++) {
+                const uint32_t head = 8 * tile + 2 * t + side;
+#pragma unroll
+                for (int c = 0; c < Values<HD>::CHUNKS; c++) {
+                    const uint32_t column = 64 * c + 8 * g;
+                    if (head >= heads || column >= head_dim) continue;
+                    float* const to = found.sums_of(warp, head) + column;
+                    const auto of = [&](int j) { return out[c][j / 2][tile][2 * (j % 2) + side]; };
+                    const float x[8] = {of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)};
+                    store8(to, x);
+                }
+            }
+        }
+        merge_warps<T>(args, part, found, head0, scale2);
+    }
+    merge_blocks<T>(args, part, scale2);
+}
+
+// Plain f32 arithmetic for any head_dim up to 256: a lane has columns 4 * lane and 128 + 4 * lane of K/V rows and heads, a
+// warp 4 K/V rows and 4 heads at a time.
+__device__ void decode_f32(const AttendArgs& args) {
+    constexpr int HEADS = DECODE_F32_HEADS, ROWS = 4;
+    extern __shared__ uint4 shared[];
+    Part part;
+    if (!part.take(args)) return;
+    const float scale2 = args.scale * LOG2E;
+    const uint32_t head_dim = args.kv.head_dim, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    // A lane's columns of a row.
+    const auto load = [&](float (&x)[8], const float* from, bool valid) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const uint32_t column = 128 * c + 4 * lane;
+            const float4 four = valid && column < head_dim ? *(const float4*)(from + column) : make_float4(0, 0, 0, 0);
+            x[4 * c] = four.x, x[4 * c + 1] = four.y, x[4 * c + 2] = four.z, x[4 * c + 3] = four.w;
+        }
+    };
+    for (uint32_t head0 = 0; head0 < part.group; head0 += HEADS) {
+        const uint32_t heads = min(part.group - head0, uint32_t(HEADS));
+        float q[HEADS][8], out[HEADS][8] = {}, top[HEADS], total[HEADS] = {};
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++) {
+            const uint32_t head = part.kv_head * part.group + head0 + h;
+            load(q[h], (const float*)args.q + query_at(args, part.row, head), h < heads);
+            top[h] = -INF;
+        }
+        for (uint32_t row = (part.from / ROWS + warp) * ROWS; row < part.to; row += ROWS * ATTEND_WARPS) {
+            const float* const keys = key_at<float>(args.kv, part.slot, part.kv_head, row);
+            float k[ROWS][8], v[ROWS][8], scores[HEADS][ROWS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const bool seen = row + r >= part.from && row + r < part.to;
+                load(k[r], keys + r * head_dim, seen);
+                load(v[r], keys + (KV_PAGE + r) * head_dim, seen);
+            }
+#pragma unroll
+            for (uint32_t h = 0; h < HEADS; h++) {
+                float high = top[h];
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    float& score = scores[h][r];
+                    score = 0.0f;
+#pragma unroll
+                    for (int c = 0; c < 8; c++) score = fmaf(q[h][c], k[r][c], score);
+                    score = warp_sum(score);
+                    if (row + r < part.from || row + r >= part.to) score = -INF;
+                    high = fmaxf(high, score);
+                }
+                const float base = finite_top(high), shrink = weight_of(top[h], base, scale2);
+                top[h] = high;
+                total[h] *= shrink;
+#pragma unroll
+                for (int c = 0; c < 8; c++) out[h][c] *= shrink;
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    const float weight = weight_of(scores[h][r], base, scale2);
+                    total[h] += weight;
+#pragma unroll
+                    for (int c = 0; c < 8; c++) out[h][c] = fmaf(weight, v[r][c], out[h][c]);
+                }
+            }
+        }
+        const Found found((float*)shared, heads, head_dim);
+#pragma unroll
+        for (uint32_t h = 0; h < HEADS; h++) {
+            if (h >= heads) continue;
+            if (lane == 0) found.state_of(warp, h)[0] = top[h], found.state_of(warp, h)[1] = total[h];
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const uint32_t column = 128 * c + 4 * lane;
+                const float* const x = out[h] + 4 * c;
+                if (column < head_dim) *(float4*)(found.sums_of(warp, h) + column) = make_float4(x[0], x[1], x[2], x[3]);
+            }
+        }
+        merge_warps<float>(args, part, found, head0, scale2);
+    }
+    merge_blocks<float>(args, part, scale2);
+}
+
+} // namespace
+
+#define DECODE(HD) \
+    KERNEL(attend_decode_f16_##HD, AttendArgs, ATTEND_THREADS) { decode<f16, HD>(args); } \
+    KERNEL(attend_decode_bf16_##HD, AttendArgs, ATTEND_THREADS) { decode<bf16, HD>(args); }
+
+DECODE(32)
+DECODE(64)
+DECODE(80)
+DECODE(96)
+DECODE(128)
+DECODE(256)
+KERNEL(attend_decode_f32, AttendArgs, ATTEND_THREADS) { decode_f32(args); }

@@ -1,0 +1,450 @@
+// Flash attention of many query rows (Dao, arXiv 2307.08691) over paged K/V by row ranges.
+//
+// The heads that share a K/V head are packed: of a K/V head with G query heads, packed row p is head p % G of query row
+// p / G. A block takes a tile of packed rows, so K/V are read once for the group, and walks the K/V of the sequences that
+// its rows belong to, mostly one. Of the K/V rows that no query of the tile sees, none is read.
+//
+// Launch, with R = PREFILL_ROWS = 64, for f32 PREFILL_F32_ROWS = 32:
+//   grid (ceil(bound * heads / kv_heads / R), kv_heads), 128 threads,
+//   dynamic shared memory PREFILL_SHARED<HD>, for f32 prefill_f32_shared(head_dim), of which 99 KiB is the most.
+// HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim; what stands beyond head_dim is zero.
+
+#include "attention.cuh"
+
+namespace {
+
+// K/V rows [key, key + KEYS) of the sequence whose query rows [begin, end) see some of [first, last).
+struct Tile {
+    uint32_t begin, end, first, last, key, slot;
+
+    // Before the first tile of query rows from `row` on.
+    static __device__ Tile before(uint32_t row) { return {row, row, 0, 0, 0, 0}; }
+
+    // The tile behind this one, if there is one, for query rows up to `limit`.
+    template <uint32_t KEYS> __device__ bool next(const AttendArgs& args, uint32_t limit) {
+        key += KEYS;
+        while (key >= last) {
+            if (end >= limit) return false;
+            begin = end;
+            slot = slot_of(args, begin);
+            end = limit;
+            if (slot_of(args, limit - 1) != slot) {
+                for (uint32_t same = begin, other = limit - 1; end = other, other - same > 1;) {
+                    const uint32_t middle = (same + other) / 2;
+                    if (slot_of(args, middle) == slot) same = middle;
+                    else other = middle;
+                }
+            }
+            first = args.first[begin];
+            last = args.end[end - 1];
+            key = first / KEYS * KEYS;
+        }
+        return true;
+    }
+};
+
+// The packed rows of a block.
+struct Share {
+    uint32_t group, packed, limit; // query heads of the K/V head; the packed rows [packed, limit)
+    uint32_t rows_end;             // where the query rows end
+
+    // The longest ranges come first: the blocks that start last then fill the gaps that are left at the end.
+    template <uint32_t ROWS> __device__ bool take(const AttendArgs& args) {
+        const uint32_t n = count_of(args.rows);
+        group = args.heads / args.kv.kv_heads;
+        packed = (gridDim.x - 1 - blockIdx.x) * ROWS;
+        if (packed >= n * group) return false;
+        limit = min(packed + ROWS, n * group);
+        rows_end = (limit - 1) / group + 1;
+        if (blockIdx.y == 0 && threadIdx.x < WARP) {
+            note_attention(args, (packed + group - 1) / group, (limit + group - 1) / group, n);
+        }
+        return true;
+    }
+    __device__ size_t at(const AttendArgs& args, uint32_t p) const {
+        return query_at(args, p / group, blockIdx.y * group + p % group);
+    }
+};
+
+// The K/V rows of a tile that a packed row sees: `count` from `from` on.
+struct Seen {
+    uint32_t from, count;
+
+    static __device__ Seen of(const AttendArgs& args, const Share& share, const Tile& tile, uint32_t p) {
+        const uint32_t row = p / share.group;
+        if (p >= share.limit || row < tile.begin || row >= tile.end) return {0, 0};
+        return {args.first[row], args.end[row] - args.first[row]};
+    }
+    __device__ bool operator()(uint32_t key) const { return key - from < count; }
+};
+
+// What a warp holds of its 16 packed rows. A thread, with g = lane / 4 and t = lane % 4, has rows g and g + 8.
+template <int HD> struct Sums {
+    float out[HD / 8][4]; // sums of weight * V: columns 8i + 2t, 8i + 2t + 1 of row g, then of row g + 8
+    float top[2];         // the highest score
+    float total[2];       // the thread's part of the sum of weights
+
+    __device__ void clear() {
+#pragma unroll
+        for (auto& columns : out) columns[0] = columns[1] = columns[2] = columns[3] = 0.0f;
+        top[0] = top[1] = -INF;
+        total[0] = total[1] = 0.0f;
+    }
+};
+
+// Turns scores into weights, and the sums to the new maximum.
+template <int HD, int N> __device__ inline void soften(float (&scores)[N][4], Sums<HD>& sums, float scale2) {
+    float shrink[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float top = sums.top[r];
+#pragma unroll
+        for (int i = 0; i < N; i++) top = fmaxf(top, fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
+        top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
+        const float base = finite_top(top);
+        shrink[r] = weight_of(sums.top[r], base, scale2);
+        sums.top[r] = top;
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+            for (int c = 2 * r; c < 2 * r + 2; c++) total += scores[i][c] = weight_of(scores[i][c], base, scale2);
+        }
+        sums.total[r] = sums.total[r] * shrink[r] + total;
+    }
+    // Behind the first tiles the maximum seldom grows: expected to save a tenth of the arithmetic outside the tensor cores.
+    if (!__any_sync(FULL, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
+#pragma unroll
+    for (auto& columns : sums.out) {
+        columns[0] *= shrink[0], columns[1] *= shrink[0];
+        columns[2] *= shrink[1], columns[3] *= shrink[1];
+    }
+}
+
+// The left operand of the second product: the weights of 16 K/V rows.
+template <class T> __device__ inline void pack_weights(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
+    a[0] = pack<T>(low[0], low[1]);
+    a[1] = pack<T>(low[2], low[3]);
+    a[2] = pack<T>(high[0], high[1]);
+    a[3] = pack<T>(high[2], high[3]);
+}
+
+// sums.out += weights . V. `values`: the lane's part of V for load_matrices_transposed.
+template <class T, int HD, int N>
+__device__ inline void add_values(Sums<HD>& sums, const float (&weights)[N][4], const T* values) {
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) {
+        uint32_t a[4];
+        pack_weights<T>(a, weights[2 * k], weights[2 * k + 1]);
+#pragma unroll
+        for (int i = 0; i < HD / 16; i++) {
+            uint32_t b[4];
+            load_matrices_transposed(b, values + k * 16 * PREFILL_LINE<HD> + i * 16);
+            multiply_add<T>(sums.out[2 * i], a, {b[0], b[1]});
+            multiply_add<T>(sums.out[2 * i + 1], a, {b[2], b[3]});
+        }
+    }
+}
+
+// The same by one K/V row at a time, which goes to the queries that see it only: 0 * NaN would be NaN in the others.
+template <class T, int HD, int N>
+__device__ inline void add_values_apart(Sums<HD>& sums, const float (&weights)[N][4], const T* values, uint32_t key,
+                                              Seen low, Seen high) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int k = 0; k < N / 2; k++) {
+        uint32_t a[4];
+        pack_weights<T>(a, weights[2 * k], weights[2 * k + 1]);
+#pragma unroll
+        for (int i = 0; i < HD / 16; i++) {
+            uint32_t b[4];
+            load_matrices_transposed(b, values + k * 16 * PREFILL_LINE<HD> + i * 16);
+#pragma unroll 1
+            for (int row = 0; row < 16; row++) {
+                // The thread's words of b hold rows 2t, 2t + 1 and 2t + 8, 2t + 9.
+                const uint32_t half = t == row % 8 / 2 ? (row % 2 ? 0xffff0000 : 0x0000ffff) : 0;
+                const uint32_t upper = row < 8 ? half : 0, lower = row < 8 ? 0 : half;
+                const bool sees_low = low(key + 16 * k + row), sees_high = high(key + 16 * k + row);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    multiply_add<T>(part, a, {b[2 * j] & upper, b[2 * j + 1] & lower});
+                    float(&out)[4] = sums.out[2 * i + j];
+                    out[0] += sees_low ? part[0] : 0.0f, out[1] += sees_low ? part[1] : 0.0f;
+                    out[2] += sees_high ? part[2] : 0.0f, out[3] += sees_high ? part[3] : 0.0f;
+                }
+            }
+        }
+    }
+}
+
+template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
+    constexpr int KEYS = PREFILL_KEYS<HD>, LINE = PREFILL_LINE<HD>, STEPS = HD / 16, UNITS = HD / 8;
+    constexpr bool HOLD = HOLDS_QUERIES<HD>;
+    constexpr int PLANE = KEYS * LINE; // K or V of a tile
+    extern __shared__ uint4 shared[];
+    T* const tiles = (T*)shared; // [stage, K or V, KEYS, LINE]
+    T* const queries = tiles + (HOLD ? 2 : 4) * PLANE;
+    Share share;
+    if (!share.take<PREFILL_ROWS>(args)) return;
+
+    // The threads that copy a row, as many as its units or the next power of two; the rows of one go.
+    constexpr int LANES = UNITS <= 4 ? 4 : UNITS <= 8 ? 8 : UNITS <= 16 ? 16 : 32, ROWS = ATTEND_THREADS / LANES;
+    const uint32_t row0 = threadIdx.x / LANES, column = threadIdx.x % LANES * 8;
+    const KvLayer& kv = args.kv;
+    const float scale2 = args.scale * LOG2E;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+    const uint32_t packed = share.packed + 16 * warp;
+    // The lane's row of 8x8 matrices: four as (rows, columns) 0, (rows + 8), (columns + 8), both; for K the two in turn.
+    const int by_rows = (lane & 15) * LINE + lane / 16 * 8, by_columns = (lane / 16 * 8 + lane % 8) * LINE + (lane & 8);
+
+#pragma unroll
+    for (int row = row0; row < PREFILL_ROWS; row += ROWS) {
+        if (column >= HD) break;
+        const uint32_t p = share.packed + row;
+        const bool valid = p < share.limit && column < kv.head_dim;
+        copy_async(queries + row * LINE + column, (const T*)args.q + (valid ? share.at(args, p) + column : 0), valid);
+    }
+    copy_commit();
+    uint32_t q[HOLD ? STEPS : 1][4];
+    // 16 bytes a thread go to shared memory, LANES threads a row; zeros for K/V rows that no query sees, which may never have
+    // been written, and for columns beyond head_dim.
+    const auto load_tile = [&](const Tile& tile, int stage) {
+        if (column >= HD) return;
+        const T* const from = key_at<T>(kv, tile.slot, blockIdx.y, tile.key) + column;
+        T* const to = tiles + stage * 2 * PLANE + row0 * LINE + column;
+        const uint32_t seen = column < kv.head_dim ? tile.last - tile.first : 0;
+#pragma unroll
+        for (int row = 0; row < KEYS; row += ROWS) {
+            const bool valid = tile.key + row0 + row - tile.first < seen;
+            copy_async(to + row * LINE, from + (row0 + row) * kv.head_dim, valid);
+            copy_async(to + PLANE + row * LINE, from + (KV_PAGE + row0 + row) * kv.head_dim, valid);
+        }
+    };
+
+    Sums<HD> sums;
+    // Only a NaN or an infinity of V makes sums of these that are none, and it may have come to queries that do not see it:
+    // then, which is rare, the tile is done again with care. Else nothing is paid for it.
+    for (bool apart = false;; apart = true) {
+        sums.clear();
+        Tile tile = Tile::before(share.packed / share.group);
+        bool more = tile.next<KEYS>(args, share.rows_end);
+        if (more) load_tile(tile, 0);
+        copy_commit();
+        if (HOLD && !apart) {
+            copy_wait<1>();
+            __syncthreads();
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) load_matrices(q[k], queries + 16 * warp * LINE + by_rows + k * 16);
+        }
+        // Of the warp's rows that belong to the tile's sequence: K/V rows that some see, and that all do.
+        uint32_t run = ~0u, some_first = 0, some_end = 0, all_first = 0, all_end = 0;
+        for (int stage = 0; more; stage ^= 1) {
+            Tile next = tile;
+            const bool follows = next.next<KEYS>(args, share.rows_end);
+            copy_wait<0>();
+            __syncthreads(); // this tile is there, and nobody is at the one before
+            if (follows) load_tile(next, stage ^ 1);
+            copy_commit();
+            if (run != tile.begin) {
+                run = tile.begin;
+                const uint32_t from = max(packed, tile.begin * share.group);
+                const uint32_t to = min(min(packed + 16, share.limit), tile.end * share.group);
+                some_first = some_end = all_first = all_end = 0;
+                if (from < to) {
+                    const uint32_t low = from / share.group, high = (to - 1) / share.group;
+                    some_first = args.first[low], some_end = args.end[high];
+                    if (to - from == 16) all_first = args.first[high], all_end = args.end[low];
+                }
+            }
+            if (tile.key < some_end && tile.key + KEYS > some_first) {
+                const T* const keys = tiles + stage * 2 * PLANE;
+                float scores[KEYS / 8][4] = {};
+#pragma unroll
+                for (int k = 0; k < STEPS; k++) {
+                    uint32_t a[4];
+                    if (!HOLD) load_matrices(a, queries + 16 * warp * LINE + by_rows + k * 16);
+#pragma unroll
+                    for (int i = 0; i < KEYS / 16; i++) {
+                        uint32_t b[4];
+                        load_matrices(b, keys + i * 16 * LINE + by_columns + k * 16);
+                        multiply_add<T>(scores[2 * i], HOLD ? q[k % (HOLD ? STEPS : 1)] : a, {b[0], b[1]});
+                        multiply_add<T>(scores[2 * i + 1], HOLD ? q[k % (HOLD ? STEPS : 1)] : a, {b[2], b[3]});
+                    }
+                }
+                const bool whole = tile.key >= all_first && tile.key + KEYS <= all_end;
+                Seen seen[2];
+                if (!whole) {
+#pragma unroll
+                    for (int r = 0; r < 2; r++) {
+                        seen[r] = Seen::of(args, share, tile, packed + g + 8 * r);
+#pragma unroll
+                        for (int i = 0; i < KEYS / 8; i++) {
+#pragma unroll
+                            for (int c = 0; c < 2; c++) {
+                                if (!seen[r](tile.key + 8 * i + 2 * t + c)) scores[i][2 * r + c] = -INF;
+                            }
+                        }
+                    }
+                }
+                soften(scores, sums, scale2);
+                const T* const values = keys + PLANE + by_rows;
+                if (apart && !whole) add_values_apart<T, HD>(sums, scores, values, tile.key, seen[0], seen[1]);
+                else add_values<T, HD>(sums, scores, values);
+            }
+            tile = next, more = follows;
+        }
+        bool finite = true;
+#pragma unroll
+        for (const auto& columns : sums.out) {
+#pragma unroll
+            for (int c = 0; c < 4; c++) finite &= fabsf(columns[c]) < INF;
+        }
+        if (!__syncthreads_or(!finite) || apart) break;
+    }
+
+    // Rows leave by way of shared memory, 16 bytes a thread, each warp's on its own.
+    T* const own = tiles + 16 * warp * LINE;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float total = sums.total[r];
+        total += __shfl_xor_sync(FULL, total, 1);
+        total += __shfl_xor_sync(FULL, total, 2);
+        const float inverse = 1.0f / total;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            const float lo = sums.out[i][2 * r] * inverse, hi = sums.out[i][2 * r + 1] * inverse;
+            *(uint32_t*)(own + (g + 8 * r) * LINE + 8 * i + 2 * t) = pack<T>(lo, hi);
+        }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int j = 0; j < 16 * UNITS / WARP; j++) {
+        const uint32_t i = lane + j * WARP, row = i / UNITS, column = i % UNITS * 8;
+        if (packed + row >= share.limit || column >= kv.head_dim) continue;
+        *(uint4*)((T*)args.out + share.at(args, packed + row) + column) = *(const uint4*)(own + row * LINE + column);
+    }
+}
+
+// Plain f32 arithmetic, for any head_dim up to 256. A thread takes 4 packed rows from 4 * (thread / 16) on, with two of
+// the tile's K/V rows in the first product and, in the second, columns 4 * (thread % 16) of every 64.
+__device__ void prefill_f32(const AttendArgs& args) {
+    constexpr int KEYS = PREFILL_F32_KEYS, ROWS = PREFILL_F32_ROWS;
+    extern __shared__ uint4 shared[];
+    const uint32_t head_dim = args.kv.head_dim, line = head_dim + 4; // conflict-free, as above
+    float* const queries = (float*)shared;
+    float* const tile_room = queries + ROWS * line; // K, then V
+    float* const weights = tile_room + KEYS * line; // of a K/V row that a query does not see: negative
+    Share share;
+    if (!share.take<ROWS>(args)) return;
+
+    const float scale2 = args.scale * LOG2E;
+    const int row0 = threadIdx.x / 16 * 4, x = threadIdx.x % 16;
+    for (uint32_t i = threadIdx.x; i < ROWS * head_dim / 4; i += ATTEND_THREADS) {
+        const uint32_t row = i / (head_dim / 4), column = i % (head_dim / 4) * 4;
+        const bool valid = share.packed + row < share.limit;
+        copy_async(queries + row * line + column,
+                   (const float*)args.q + (valid ? share.at(args, share.packed + row) + column : 0), valid);
+    }
+    Tile tile = Tile::before(share.packed / share.group);
+    const auto copy_rows = [&](const float* from) {
+        for (uint32_t i = threadIdx.x; i < KEYS * head_dim / 4; i += ATTEND_THREADS) {
+            const uint32_t row = i / (head_dim / 4), column = i % (head_dim / 4) * 4;
+            const bool valid = tile.key + row - tile.first < tile.last - tile.first;
+            copy_async(tile_room + row * line + column, from + row * head_dim + column, valid);
+        }
+        copy_commit();
+        copy_wait<0>();
+    };
+    float out[4][4][4] = {}, top[4] = {-INF, -INF, -INF, -INF}, total[4] = {};
+    while (tile.next<KEYS>(args, share.rows_end)) {
+        const float* const keys = key_at<float>(args.kv, tile.slot, blockIdx.y, tile.key);
+        __syncthreads(); // nobody is at the V before
+        copy_rows(keys);
+        __syncthreads();
+        float scores[4][2] = {};
+        for (uint32_t c = 0; c < head_dim; c += 4) {
+            const float4 k[2] = {*(const float4*)(tile_room + x * line + c), *(const float4*)(tile_room + (x + 16) * line + c)};
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const float4 q = *(const float4*)(queries + (row0 + r) * line + c);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float& s = scores[r][j];
+                    s = fmaf(q.x, k[j].x, s), s = fmaf(q.y, k[j].y, s), s = fmaf(q.z, k[j].z, s), s = fmaf(q.w, k[j].w, s);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const Seen seen = Seen::of(args, share, tile, share.packed + row0 + r);
+            const bool sees[2] = {seen(tile.key + x), seen(tile.key + x + 16)};
+            float high = fmaxf(top[r], fmaxf(sees[0] ? scores[r][0] : -INF, sees[1] ? scores[r][1] : -INF));
+#pragma unroll
+            for (int lanes = 8; lanes > 0; lanes /= 2) high = fmaxf(high, __shfl_xor_sync(FULL, high, lanes));
+            const float base = finite_top(high), shrink = weight_of(top[r], base, scale2);
+            top[r] = high;
+            total[r] *= shrink;
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float weight = weight_of(scores[r][j], base, scale2);
+                if (sees[j]) total[r] += weight;
+                weights[(row0 + r) * PREFILL_F32_WEIGHTS + x + 16 * j] = sees[j] ? weight : -1.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < 16; i++) out[r][i / 4][i % 4] *= shrink;
+        }
+        __syncthreads(); // weights are there, and nobody is at K
+        copy_rows(keys + KV_PAGE * head_dim);
+        __syncthreads();
+        for (int key = 0; key < KEYS; key++) {
+            float weight[4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) weight[r] = weights[(row0 + r) * PREFILL_F32_WEIGHTS + key];
+#pragma unroll
+            for (int part = 0; part < 4; part++) {
+                const uint32_t column = 64 * part + 4 * x;
+                if (column >= head_dim) continue;
+                const float4 v = *(const float4*)(tile_room + key * line + column);
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    if (weight[r] < 0.0f) continue;
+                    float(&o)[4] = out[r][part];
+                    o[0] = fmaf(weight[r], v.x, o[0]), o[1] = fmaf(weight[r], v.y, o[1]);
+                    o[2] = fmaf(weight[r], v.z, o[2]), o[3] = fmaf(weight[r], v.w, o[3]);
+                }
+            }
+        }
+    }
+    copy_wait<0>(); // the queries of a tile that sees nothing
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+#pragma unroll
+        for (int lanes = 8; lanes > 0; lanes /= 2) total[r] += __shfl_xor_sync(FULL, total[r], lanes);
+        const float inverse = 1.0f / total[r];
+        const uint32_t p = share.packed + row0 + r;
+#pragma unroll
+        for (int part = 0; part < 4; part++) {
+            const uint32_t column = 64 * part + 4 * x;
+            if (p >= share.limit || column >= head_dim) continue;
+            const float(&o)[4] = out[r][part];
+            *(float4*)((float*)args.out + share.at(args, p) + column) =
+                make_float4(o[0] * inverse, o[1] * inverse, o[2] * inverse, o[3] * inverse);
+        }
+    }
+}
+
+} // namespace
+
+#define PREFILL(HD) \
+    KERNEL(attend_prefill_f16_##HD, AttendArgs, ATTEND_THREADS) { prefill<f16, HD>(args); } \
+    KERNEL(attend_prefill_bf16_##HD, AttendArgs, ATTEND_THREADS) { prefill<bf16, HD>(args); }
+
+PREFILL(32)
+PREFILL(64)
+PREFILL(80)
+PREFILL(96)
+PREFILL(128)
+PREFILL(256)
+KERNEL(attend_prefill_f32, AttendArgs, ATTEND_THREADS) { prefill_f32(args); }

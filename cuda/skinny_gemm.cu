@@ -1,0 +1,211 @@
+// Products of few rows, as in decode: weights are streamed past the rows once, so what counts is the bandwidth of memory.
+//
+// The rows are read through their index and their number from the device; a block that has none ends before it reads a
+// weight. Weights go from memory straight into the registers of the tensor cores as their left operand, 16 bytes a lane:
+// lane 4g + t takes numbers 8t to 8t + 7 of 32 along k for weight rows g and g + 8, and of the sources likewise, which is
+// another order along k than the one that mma means, but the same for both operands, and sums do not mind.
+
+#include "common.cuh"
+
+constexpr int WARPS = 8;
+constexpr int THREADS = WARPS * WARP;
+
+namespace {
+
+enum Epilogue {
+    STORE,   // gathered sources; out[i], in T
+    ADD,     // x[index[i]] +=, in f32
+    LOGITS,  // out[i], in f32
+    SWIGLU,  // out[i] = silu(first product) * second product, in T
+};
+
+template <class T, int EPILOGUE>
+__device__ void put(const SkinnyArgs& args, const Product& of, uint32_t i, uint32_t n, float sum, float gate) {
+    if (of.bias) sum += of.bias[n];
+    const size_t at = (size_t)i * of.n + n;
+    if (EPILOGUE == STORE) ((T*)of.out)[at] = from_f32<T>(sum);
+    if (EPILOGUE == LOGITS) ((float*)of.out)[at] = sum;
+    if (EPILOGUE == ADD) ((float*)of.out)[(size_t)args.rows[of.set].index[i] * of.n + n] += sum;
+    if (EPILOGUE == SWIGLU) ((T*)of.out)[at] = from_f32<T>(silu(gate + (args.of[0].bias ? args.of[0].bias[n] : 0)) * sum);
+}
+
+// The product that a block works on, of which `block` becomes its number there.
+template <int EPILOGUE> __device__ const Product& product_of(const SkinnyArgs& args, uint32_t& block, uint32_t columns) {
+    if (EPILOGUE != STORE) return args.of[EPILOGUE == SWIGLU];
+    // Q, K, V.
+    for (int p = 0; p < 2; p++) {
+        const uint32_t blocks = (args.of[p].n + columns - 1) / columns;
+        if (block < blocks) return args.of[p];
+        block -= blocks;
+    }
+    return args.of[2];
+}
+
+__device__ void note(const SkinnyArgs& args) {
+    if (blockIdx.x || blockIdx.y || threadIdx.x) return;
+    note_rows(args.work, count_of(args.rows[0]), args.rows[1].index ? count_of(args.rows[1]) : 0);
+}
+
+// A block takes 16 * BANDS columns for 8 * TILES rows; its warps take turns along k. More rows than 64 are a matter of
+// blockIdx.y. With many rows more columns a block keep the sources' share of the traffic low: each block reads them all.
+template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyArgs& args) {
+    constexpr int BANDS = TILES >= 4 && EPILOGUE != SWIGLU ? 2 : 1, PARTS = EPILOGUE == SWIGLU ? 2 : 1;
+    // Steps whose weights are under way together: 64 bytes a thread, 32 KiB a multiprocessor that has two blocks.
+    constexpr int AHEAD = 2 / BANDS / PARTS;
+    constexpr int COLUMNS = 16 * BANDS, ROWS = 8 * TILES, STEP = 32;
+    note(args);
+    uint32_t block = blockIdx.x;
+    const Product& of = product_of<EPILOGUE>(args, block, COLUMNS);
+    const RowSet& rows = args.rows[of.set];
+    const uint32_t n = count_of(rows), row0 = blockIdx.y * ROWS, column0 = block * COLUMNS;
+    if (row0 >= n) return;
+    const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, k = args.k;
+
+    // Rows and columns beyond the last are computed as the last and not stored.
+    uint32_t source[TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        const uint32_t i = min(row0 + 8 * j + g, n - 1);
+        source[j] = (EPILOGUE == STORE ? rows.index[i] - args.base : i) * k;
+    }
+    const T* weights[PARTS][BANDS][2];
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const T* weight = (const T*)(PARTS == 2 ? args.of[part].weight : of.weight);
+#pragma unroll
+        for (int b = 0; b < 2 * BANDS; b++) {
+            weights[part][b / 2][b % 2] = weight + (size_t)min(column0 + 8 * b + g, of.n - 1) * k;
+        }
+    }
+
+    // The weights of the next steps are under way while those of these steps are multiplied. Beyond k they are read again
+    // instead, and the sources are zero: without branches the loads are issued together.
+    struct Weights {
+        uint4 of[AHEAD][PARTS][BANDS][2];
+    };
+    const auto load = [&](uint32_t k0) {
+        Weights w;
+#pragma unroll
+        for (int ahead = 0; ahead < AHEAD; ahead++) {
+            const uint32_t at = min(k0 + ahead * WARPS * STEP + 8 * t, k - 8);
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                for (int b = 0; b < 2 * BANDS; b++)
+                    w.of[ahead][part][b / 2][b % 2] = load_once(weights[part][b / 2][b % 2] + at);
+        }
+        return w;
+    };
+    float sums[PARTS][BANDS][TILES][4] = {};
+    const auto multiply = [&](const Weights& w, uint32_t k0) {
+#pragma unroll
+        for (int ahead = 0; ahead < AHEAD; ahead++) {
+            const uint32_t at = k0 + ahead * WARPS * STEP + 8 * t;
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (at < k) x = *(const uint4*)((const T*)args.src + source[j] + at);
+                const uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                    for (int b = 0; b < BANDS; b++) {
+                        const uint4 &u = w.of[ahead][part][b][0], &v = w.of[ahead][part][b][1];
+                        const uint32_t first[4] = {u.x, v.x, u.y, v.y}, second[4] = {u.z, v.z, u.w, v.w};
+                        multiply_add<T>(sums[part][b][j], first, low);
+                        multiply_add<T>(sums[part][b][j], second, high);
+                    }
+            }
+        }
+    };
+    constexpr uint32_t ALL = WARPS * STEP * AHEAD;
+    Weights w = load(warp * STEP);
+    for (uint32_t k0 = warp * STEP; k0 < k; k0 += ALL) {
+        const Weights next = load(k0 + ALL);
+        multiply(w, k0);
+        w = next;
+    }
+
+    // The warps' sums, band by band, always added in the same order.
+    __shared__ float room[WARPS][ROWS][16 + 1];
+    constexpr int EACH = (ROWS * 16 + THREADS - 1) / THREADS;
+#pragma unroll
+    for (int b = 0; b < BANDS; b++) {
+        float gate[EACH] = {};
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            if (b + part > 0) __syncthreads();  // the band before was read
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) room[warp][8 * j + 2 * t + c % 2][g + 8 * (c / 2)] = sums[part][b][j][c];
+            __syncthreads();
+#pragma unroll
+            for (int e = 0; e < EACH; e++) {
+                const uint32_t at = threadIdx.x + e * THREADS, i = at / 16, column = column0 + 16 * b + at % 16;
+                if (at >= ROWS * 16 || row0 + i >= n || column >= of.n) continue;
+                float sum = 0;
+#pragma unroll
+                for (int other = 0; other < WARPS; other++) sum += room[other][i][at % 16];
+                if (part + 1 < PARTS) gate[e] = sum;
+                else put<T, EPILOGUE>(args, of, row0 + i, column, sum, gate[e]);
+            }
+        }
+    }
+}
+
+// In f32, without tensor cores: a warp a column, 8 rows at a time.
+template <int EPILOGUE> __device__ void skinny_f32(const SkinnyArgs& args) {
+    constexpr int PARTS = EPILOGUE == SWIGLU ? 2 : 1, ROWS = 8;
+    note(args);
+    uint32_t block = blockIdx.x;
+    const Product& of = product_of<EPILOGUE>(args, block, WARPS);
+    const RowSet& rows = args.rows[of.set];
+    const uint32_t n = count_of(rows), k = args.k, lane = threadIdx.x % WARP;
+    const uint32_t column = block * WARPS + threadIdx.x / WARP;
+    if (column >= of.n) return;
+    for (uint32_t row0 = blockIdx.y * ROWS; row0 < n; row0 += gridDim.y * ROWS) {
+        float sums[PARTS][ROWS] = {};
+        for (uint32_t at = 8 * lane; at < k; at += 8 * WARP) {
+            float w[PARTS][8];
+#pragma unroll
+            for (int part = 0; part < PARTS; part++) {
+                load8(w[part], (const float*)(PARTS == 2 ? args.of[part].weight : of.weight) + (size_t)column * k + at);
+            }
+#pragma unroll
+            for (int j = 0; j < ROWS; j++) {
+                if (row0 + j >= n) break;
+                const uint32_t row = EPILOGUE == STORE ? rows.index[row0 + j] - args.base : row0 + j;
+                float x[8];
+                load8(x, (const float*)args.src + (size_t)row * k + at);
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+#pragma unroll
+                    for (int c = 0; c < 8; c++) sums[part][j] += w[part][c] * x[c];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < ROWS; j++) {
+            const float sum = warp_sum(sums[PARTS - 1][j]), gate = PARTS == 2 ? warp_sum(sums[0][j]) : 0;
+            if (lane == 0 && row0 + j < n) put<float, EPILOGUE>(args, of, row0 + j, column, sum, gate);
+        }
+    }
+}
+
+}  // namespace
+
+#define SKINNY(name, epilogue)                                                          \
+    KERNEL(name##_f32, SkinnyArgs, THREADS) { skinny_f32<epilogue>(args); }             \
+    KERNEL(name##_f16_8, SkinnyArgs, THREADS) { skinny<f16, 1, epilogue>(args); }       \
+    KERNEL(name##_f16_16, SkinnyArgs, THREADS) { skinny<f16, 2, epilogue>(args); }      \
+    KERNEL(name##_f16_32, SkinnyArgs, THREADS) { skinny<f16, 4, epilogue>(args); }      \
+    KERNEL(name##_f16_64, SkinnyArgs, THREADS) { skinny<f16, 8, epilogue>(args); }      \
+    KERNEL(name##_bf16_8, SkinnyArgs, THREADS) { skinny<bf16, 1, epilogue>(args); }     \
+    KERNEL(name##_bf16_16, SkinnyArgs, THREADS) { skinny<bf16, 2, epilogue>(args); }    \
+    KERNEL(name##_bf16_32, SkinnyArgs, THREADS) { skinny<bf16, 4, epilogue>(args); }    \
+    KERNEL(name##_bf16_64, SkinnyArgs, THREADS) { skinny<bf16, 8, epilogue>(args); }
+
+SKINNY(skinny_store, STORE)
+SKINNY(skinny_add, ADD)
+SKINNY(skinny_logits, LOGITS)
+SKINNY(skinny_swiglu, SWIGLU)

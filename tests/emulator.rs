@@ -1,0 +1,1 @@
+use mindskip as _;
