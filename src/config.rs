@@ -38,11 +38,6 @@ impl Family {
         }
     }
 
-    /// Whether q, k and v have a bias by definition of the architecture (o_proj has none then).
-    pub const fn qkv_bias(self) -> bool {
-        matches!(self, Family::Qwen2)
-    }
-
     /// Whether q and k are normalised per head before RoPE.
     pub const fn qk_norm(self) -> bool {
         matches!(self, Family::Qwen3)
@@ -147,11 +142,6 @@ pub struct Config {
     pub windows: Vec<Option<usize>>,
     /// The output projection is the embedding.
     pub tied: bool,
-    /// What the file says about biases of q, k, v and o; `None` when it is silent. Which biases there are is up to
-    /// the tensors, see [`Family::qkv_bias`].
-    pub attention_bias: Option<bool>,
-    /// What the file says about biases of the MLP; `None` when it is silent.
-    pub mlp_bias: Option<bool>,
     /// What the file says the weights are stored in. The weights' own headers decide.
     pub dtype: Option<DType>,
     /// Begin-of-sequence token.
@@ -200,8 +190,6 @@ struct Raw {
     rms_norm_eps: Option<f64>,
     hidden_act: Option<String>,
     tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
     dtype: Option<String>,
     torch_dtype: Option<String>,
     bos_token_id: Option<u32>,
@@ -302,8 +290,6 @@ impl Raw {
             rope: self.rope(context)?,
             windows: self.windows(family, layers)?,
             tied: self.tie_word_embeddings.unwrap_or(false),
-            attention_bias: self.attention_bias,
-            mlp_bias: self.mlp_bias,
             dtype: match self.dtype.or(self.torch_dtype).as_deref() {
                 Some("float32") => Some(DType::F32),
                 Some("float16") => Some(DType::F16),

@@ -1,14 +1,15 @@
 //! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
 
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::backend::Precision;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, mean, sigmoid};
+use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, Take, mean, sigmoid};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::kv::Slot;
-use crate::memory::{Limits, MemoryPlan};
+use crate::memory::{Limits, MemoryPlan, Routed};
 use crate::model::{Gates, Model, Routing};
 use crate::router::Level;
 pub use crate::step::Activity;
@@ -68,9 +69,29 @@ fn backend(options: &Options) -> Result<Box<dyn Backend>> {
     Ok(Box::new(CpuBackend::new(options.threads, options.precision)?))
 }
 
+fn plan(
+    config: &Config,
+    weights: &Weights,
+    routing: Option<&Routing>,
+    options: &Options,
+    device: &DeviceInfo,
+) -> Result<MemoryPlan> {
+    let routed = routing.map_or(0, |r| r.layers.len());
+    let sparse = routing.filter(|r| r.keys() == Take::Active).map_or(0, |r| r.layers.len());
+    let weights = weights.bytes() as u64;
+    MemoryPlan::new(config, Routed { layers: routed, sparse_kv: sparse }, weights, options.limits(config), device)
+}
+
 /// An open sequence of an [`Engine`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Seq(Slot);
+pub struct Seq {
+    slot: Slot,
+    /// A number of its own among all sequences of all engines: a handle outlives what it stands for.
+    id: u64,
+}
+
+/// The next [`Seq::id`].
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// How one routed layer treated the last prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,8 +127,8 @@ pub struct Engine {
     weights: Weights,
     /// `[slots]`: tokens processed so far.
     positions: Vec<usize>,
-    /// `[slots]`
-    open: Vec<bool>,
+    /// `[slots]`: who has it.
+    open: Vec<Option<Seq>>,
     /// `[sequences, vocab]` of the last step.
     logits: Vec<f32>,
 }
@@ -120,8 +141,7 @@ impl Engine {
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
-        let routed = routing.as_ref().map_or(0, |r| r.layers.len());
-        let plan = MemoryPlan::new(&config, routed, weights.bytes() as u64, options.limits(&config), backend.info())?;
+        let plan = plan(&config, &weights, routing.as_ref(), options, backend.info())?;
         let model = Model::load(config, &weights, routing, backend.as_mut())?;
         backend.reserve(plan.arena as usize, plan.ints as usize / 4, &plan.kv)?;
         let slots = plan.kv.slots;
@@ -132,30 +152,42 @@ impl Engine {
             backend,
             weights,
             positions: vec![0; slots],
-            open: vec![false; slots],
+            open: vec![None; slots],
             logits: Vec::new(),
         })
     }
 
     /// The memory that an engine would take, without building it. Errors: as of [`new`](Self::new).
-    pub fn plan_for(config: &Config, weights: &Weights, routed: usize, options: &Options) -> Result<MemoryPlan> {
-        MemoryPlan::new(config, routed, weights.bytes() as u64, options.limits(config), backend(options)?.info())
+    pub fn plan_for(
+        config: &Config,
+        weights: &Weights,
+        routing: Option<&Routing>,
+        options: &Options,
+    ) -> Result<MemoryPlan> {
+        plan(config, weights, routing, options, backend(options)?.info())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.
     pub fn open(&mut self) -> Result<Seq> {
         let slot = self.state.open(self.backend.as_mut())?;
+        let seq = Seq { slot, id: NEXT_ID.fetch_add(1, Ordering::Relaxed) };
         self.positions[slot.index()] = 0;
-        self.open[slot.index()] = true;
-        Ok(Seq(slot))
+        self.open[slot.index()] = Some(seq);
+        Ok(seq)
     }
 
-    /// Ends a sequence and gives its pages back.
+    /// Ends a sequence and gives its pages back. One that is not open here is left as it is.
     pub fn close(&mut self, seq: Seq) -> Result<()> {
-        self.state.settle(self.backend.as_mut(), &self.model)?;
-        self.state.kv.close(seq.0);
-        self.open[seq.0.index()] = false;
+        if self.is_open(seq) {
+            self.state.settle(self.backend.as_mut(), &self.model)?;
+            self.state.kv.close(seq.slot);
+            self.open[seq.slot.index()] = None;
+        }
         Ok(())
+    }
+
+    fn is_open(&self, seq: Seq) -> bool {
+        self.open.get(seq.slot.index()).is_some_and(|held| *held == Some(seq))
     }
 
     /// Reads prompts, or more of them: `tokens` follow what the sequence holds. Returns the logits behind the last token of
@@ -176,7 +208,8 @@ impl Engine {
 
     fn step(&mut self, phase: Phase, seqs: &[(Seq, &[u32])]) -> Result<&[f32]> {
         self.check(seqs)?;
-        let steps: Vec<_> = seqs.iter().map(|&(Seq(slot), ids)| (slot, self.positions[slot.index()], ids)).collect();
+        let steps: Vec<_> =
+            seqs.iter().map(|&(Seq { slot, .. }, ids)| (slot, self.positions[slot.index()], ids)).collect();
         self.state.run(self.backend.as_mut(), &self.model, phase, &steps)?;
         let vocab = self.model.config.vocab;
         self.logits.resize(seqs.len() * vocab, 0.0);
@@ -185,7 +218,7 @@ impl Engine {
             self.state.undo(self.backend.as_mut())?;
             return Err(self.not_finite());
         }
-        for &(Seq(slot), ids) in seqs {
+        for &(Seq { slot, .. }, ids) in seqs {
             self.positions[slot.index()] += ids.len();
         }
         Ok(&self.logits)
@@ -199,17 +232,13 @@ impl Engine {
             return Err(Error::new(Kind::Argument, format!("{rows} tokens at once, {} were planned for", limits.rows))
                 .action("raise --context, or give fewer or shorter prompts"));
         }
-        for (i, &(Seq(slot), ids)) in seqs.iter().enumerate() {
-            ensure!(self.open[slot.index()], Argument, "a sequence that was closed");
-            ensure!(
-                seqs[..i].iter().all(|(Seq(other), _)| *other != slot),
-                Argument,
-                "a sequence stands twice in a step"
-            );
+        for (i, &(seq, ids)) in seqs.iter().enumerate() {
+            ensure!(self.is_open(seq), Argument, "a sequence that was closed, or is another engine's");
+            ensure!(seqs[..i].iter().all(|(other, _)| *other != seq), Argument, "a sequence stands twice in a step");
             if ids.is_empty() {
                 return Err(Error::new(Kind::Argument, "the prompt is empty").action("give at least one token of text"));
             }
-            let end = self.positions[slot.index()] + ids.len();
+            let end = self.positions[seq.slot.index()] + ids.len();
             if end > limits.context {
                 return Err(Error::new(
                     Kind::Argument,
@@ -239,11 +268,14 @@ impl Engine {
 
     /// After [`prefill`](Self::prefill) of one sequence: the natural log-probability of `targets[i]` behind its i-th
     /// token, for as many tokens as targets are given.
+    ///
+    /// Errors: Argument when the last step was another one, for more targets than it had tokens, and for a target beyond
+    /// the vocabulary; Numeric as in `prefill`.
     pub fn logprobs(&mut self, targets: &[u32]) -> Result<Vec<f32>> {
         ensure!(
-            self.state.phase() == Phase::Prefill && targets.len() <= self.state.rows(),
+            self.state.phase() == Phase::Prefill && self.state.sequences() == 1 && targets.len() <= self.state.rows(),
             Argument,
-            "{} targets for {} tokens of the last prefill",
+            "{} targets for {} tokens of the last prefill, which is of one sequence",
             targets.len(),
             self.state.rows()
         );
@@ -261,7 +293,10 @@ impl Engine {
         self.state.watch = Some(Box::new(watch));
     }
 
-    /// How the routed layers treated the last prefill, which was of a single sequence.
+    /// How the routed layers treated the last prefill, which was of a single sequence. Sequences that are decided as a whole
+    /// are so by their first prompt; the scores are those of the last one.
+    ///
+    /// Errors: Argument when the last step was another one.
     pub fn trace(&mut self) -> Result<Vec<LayerTrace>> {
         ensure!(
             self.state.phase() == Phase::Prefill && self.state.sequences() == 1,
@@ -309,7 +344,7 @@ impl Engine {
         let layout = self.kv_layout();
         let mut usage = KvUsage { pages: self.state.kv.pages_in_use(), ..KvUsage::default() };
         let mut dense_pages = 0;
-        for slot in (0..layout.slots).filter(|&s| self.open[s]) {
+        for slot in (0..layout.slots).filter(|&s| self.open[s].is_some()) {
             let tokens = self.positions[slot];
             usage.dense_rows += layout.layers * tokens;
             dense_pages += layout.layers * tokens.div_ceil(crate::backend::PAGE);
@@ -325,9 +360,9 @@ impl Engine {
         self.backend.meter()
     }
 
-    /// Tokens that a sequence holds.
+    /// Tokens that a sequence holds; 0 for one that is not open here.
     pub fn position(&self, seq: Seq) -> usize {
-        self.positions[seq.0.index()]
+        if self.is_open(seq) { self.positions[seq.slot.index()] } else { 0 }
     }
 
     pub fn config(&self) -> &Config {

@@ -124,6 +124,7 @@ pub fn generate(
 ) -> Result<(Vec<Answer>, Timing)> {
     let vocab = engine.config().vocab;
     let start = Instant::now();
+    let before: Vec<_> = turns.iter().map(|t| engine.position(t.seq) + t.prompt.len()).collect();
     let prompts: Vec<_> = turns.iter().map(|t| (t.seq, &t.prompt[..])).collect();
     let mut timing = Timing { prompt_tokens: prompts.iter().map(|(_, ids)| ids.len()).sum(), ..Timing::default() };
     let mut logits = engine.prefill(&prompts)?.to_vec();
@@ -189,7 +190,7 @@ pub fn generate(
                 run.text.push_str(&rest);
             }
         }
-        let read = engine.position(turn.seq) + run.tokens.len() - turn.history.len();
+        let read = engine.position(turn.seq) - before[i];
         answers.push(Answer { text: run.text, tokens: run.tokens, read, finish });
     }
     Ok((answers, timing))

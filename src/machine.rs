@@ -41,7 +41,8 @@ pub(crate) fn memory() -> (Option<u64>, Option<u64>) {
     let (mut total, mut free) = (known(system.total_memory()), known(system.available_memory()));
     if let Some(group) = system.cgroup_limits() {
         total = total.into_iter().chain([group.total_memory]).min();
-        free = free.into_iter().chain([group.free_memory]).min();
+        // Not `group.free_memory`: that counts the cache of files as used.
+        free = free.into_iter().chain([group.total_memory.saturating_sub(group.rss)]).min();
     }
     (total, free)
 }

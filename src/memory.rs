@@ -22,6 +22,15 @@ pub struct Limits {
     pub memory: Option<u64>,
 }
 
+/// What routing means for the memory of a run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Routed {
+    /// Routed layers: their logits and active rows are kept.
+    pub layers: usize,
+    /// Of these, the layers whose skipped rows write no K/V.
+    pub sparse_kv: usize,
+}
+
 /// The activation buffers of a step, with R = `Limits::rows`, C = rows of a chunk, S = `Limits::batch`, L = layers, Lr =
 /// routed layers, cuts = sequence and chunk borders of a step.
 #[derive(Debug, Clone, Copy)]
@@ -93,9 +102,12 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Sizes and places everything. Errors: Argument for limits that make no sense; Memory when it does not fit, with the
+    /// Sizes and places everything. Where skipped rows write no K/V, a pool that does not fit at capacity 1 is made as large
+    /// as there is room for.
+    ///
+    /// Errors: Argument for limits that make no sense; Memory when it does not fit, with the
     /// sizes and the knobs.
-    pub fn new(config: &Config, routed: usize, weights: u64, limits: Limits, device: &DeviceInfo) -> Result<Self> {
+    pub fn new(config: &Config, routed: Routed, weights: u64, limits: Limits, device: &DeviceInfo) -> Result<Self> {
         let Limits { context, batch, rows, chunk, memory } = limits;
         for (name, value) in [("context", context), ("batch", batch), ("rows", rows), ("chunk", chunk)] {
             if !(1..1 << 31).contains(&value) {
@@ -121,10 +133,21 @@ impl MemoryPlan {
             dtype: device.kv,
         };
         let mut place = Placer::default();
-        let buffers = Buffers::place(config, routed, limits, device.activations, &mut place).ok_or_else(too_large)?;
+        let buffers =
+            Buffers::place(config, routed.layers, limits, device.activations, &mut place).ok_or_else(too_large)?;
         let available = memory.or(device.free_memory);
         let (arena, ints) = (place.bytes as u64, (place.ints * 4) as u64);
-        let plan = MemoryPlan { limits, available, weights, arena, ints, kv, buffers };
+        let mut plan = MemoryPlan { limits, available, weights, arena, ints, kv, buffers };
+        if let Some(available) = available {
+            // Room for all that the dense layers keep, and the first page of the others; how much more they need is known
+            // when they have decided.
+            let full = (config.layers - routed.sparse_kv) * batch * pages_per_seq;
+            let least = full + routed.sparse_kv * batch;
+            let room = available.saturating_sub(plan.total() - plan.kv_bytes()) / kv.page_bytes() as u64;
+            if room >= least as u64 {
+                plan.kv.pages = kv.pages.min(room as usize);
+            }
+        }
         if let Some(available) = available.filter(|&n| plan.total() > n) {
             return Err(Error::new(
                 Kind::Memory,
@@ -187,7 +210,7 @@ impl Buffers {
         let head_rows = batch.max(HEAD_ROWS.min(rows));
         let chunk = chunk.max(head_rows);
         let cuts = rows.div_ceil(limits.chunk).checked_add(batch)?;
-        let (q_dim, kv_dim) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let (q_dim, kv_dim) = (c.q_rows(), c.kv_rows());
 
         let x = at.mat(rows, c.hidden, DType::F32)?;
         let angles = at.mat(rows, c.head_dim, DType::F32)?;

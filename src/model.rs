@@ -66,6 +66,14 @@ struct Routed {
     router: Option<Weight>,
 }
 
+/// What is wanted of the norm in front of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Norm {
+    Rows,
+    Scores,
+    RowsAndScores,
+}
+
 /// Which layers are routed, how, and by what.
 #[derive(Debug, Clone)]
 pub struct Routing {
@@ -129,7 +137,7 @@ impl Model {
     /// Hands the weights to the backend, checking every shape. Nothing is converted.
     pub fn load(config: Config, weights: &Weights, routing: Option<Routing>, be: &mut dyn Backend) -> Result<Self> {
         let (hidden, inter, d) = (config.hidden, config.intermediate, config.head_dim);
-        let (q_dim, kv_dim) = (config.heads * d, config.kv_heads * d);
+        let (q_dim, kv_dim) = (config.q_rows(), config.kv_rows());
         let mut get = |name: &str, rows, cols| be.upload(&weights.tensor(name, rows, cols)?);
 
         let embed = get("model.embed_tokens.weight", config.vocab, hidden)?;
@@ -184,7 +192,10 @@ impl Model {
     fn route(&mut self, routing: Routing, be: &mut dyn Backend) -> Result<()> {
         for (nth, &l) in routing.layers.iter().enumerate() {
             let router = match &routing.gates {
-                Gates::Routers(set) => Some(be.upload(&Tensor::from_f32(&set.weights[&l]))?),
+                Gates::Routers(set) => {
+                    let none = || Error::new(Kind::Argument, format!("layer {l} is routed, but has no router"));
+                    Some(be.upload(&Tensor::from_f32(set.weights.get(&l).ok_or_else(none)?))?)
+                }
                 Gates::Random { .. } => None,
             };
             let count = self.layers.len();
@@ -211,19 +222,21 @@ impl Model {
         let (ids, pos) = (b.ids.slice(0..st.rows()), b.pos.slice(0..st.rows()));
         be.embed(&Embed { table: self.embed, ids, out: b.x })?;
         be.rope_angles(&RopeAngles { pos, inv_freq: self.inv_freq, out: b.angles })?;
+        let whole = st.chunks().len() == 1;
         for (l, layer) in self.layers.iter().enumerate() {
             // Top-k and sequence decisions need every row's score, so all chunks are scored before the first one goes on.
             let scored = layer.router().is_some();
             if scored {
+                let norm = if whole { Norm::RowsAndScores } else { Norm::Scores };
                 for chunk in st.chunks() {
-                    be.norm_gate(&self.input_norm(layer, st, chunk, true))?;
+                    be.norm_gate(&self.input_norm(layer, st, chunk, norm))?;
                 }
             }
             be.route(&self.routing_of(l, layer, st))?;
-            st.keep_rows(be, l, self.keys(layer))?;
+            st.keep_rows(be, l, self.keys(layer), layer.routed.is_some())?;
             for chunk in st.chunks() {
-                if !(scored && st.chunks().len() == 1) {
-                    be.norm_gate(&self.input_norm(layer, st, chunk, false))?;
+                if !(scored && whole) {
+                    be.norm_gate(&self.input_norm(layer, st, chunk, Norm::Rows))?;
                 }
                 self.attention(be, st, l, chunk)?;
                 self.mlp(be, st, l, chunk)?;
@@ -241,7 +254,7 @@ impl Model {
             rows: RowSet::exact(b.head_rows.slice(0..n)),
             weight: self.norm,
             eps: self.config.norm_eps,
-            out: b.h,
+            out: Some(b.h),
             gate: None,
         })?;
         be.logits(&Logits { h: b.h, weight: self.head, out: b.logits.rows(0..n) })
@@ -267,14 +280,15 @@ impl Model {
         Ok(())
     }
 
-    /// h = RMSNorm(x) of a chunk, and the router's logits when `score`.
-    fn input_norm(&self, layer: &Layer, st: &State, chunk: Chunk, score: bool) -> NormGate {
+    /// h = RMSNorm(x) of a chunk, or the router's logits h·r, or both.
+    fn input_norm(&self, layer: &Layer, st: &State, chunk: Chunk, norm: Norm) -> NormGate {
         let b = &st.plan.buffers;
         let gate = layer
             .routed
-            .filter(|_| score)
+            .filter(|_| norm != Norm::Rows)
             .and_then(|routed| routed.router.map(|router| Gate { router, logits: st.gate(routed.nth) }));
-        NormGate { x: b.x, rows: st.all(chunk), weight: layer.input_norm, eps: self.config.norm_eps, out: b.h, gate }
+        let out = (norm != Norm::Scores).then_some(b.h);
+        NormGate { x: b.x, rows: st.all(chunk), weight: layer.input_norm, eps: self.config.norm_eps, out, gate }
     }
 
     fn routing_of(&self, l: usize, layer: &Layer, st: &State) -> Route {
@@ -361,8 +375,8 @@ impl Model {
             _ => Take::All,
         };
         let rows = self.rows(st, l, chunk, take);
-        let norm = NormGate { x: b.x, rows, weight: layer.post_norm, eps: self.config.norm_eps, out: b.h, gate: None };
-        be.norm_gate(&norm)?;
+        let eps = self.config.norm_eps;
+        be.norm_gate(&NormGate { x: b.x, rows, weight: layer.post_norm, eps, out: Some(b.h), gate: None })?;
         be.swiglu(&SwiGlu {
             h: b.h,
             rows,

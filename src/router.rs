@@ -257,7 +257,7 @@ impl RouterSet {
         if routers.is_empty() {
             return Err(Error::new(Kind::Format, "no routers (model.layers.{l}.router.weight)")
                 .at(path)
-                .action("give a router file, made by `mindskip tune` or by the Router-Tuning code"));
+                .action("give a router file, as Router-Tuning makes it"));
         }
         let mut set = RouterSet {
             settings: RouterSettings::default(),

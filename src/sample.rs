@@ -163,26 +163,6 @@ impl Sampler {
     }
 }
 
-/// ln of the probability of a token under softmax(logits), before any setting changes it. It takes an exponential for every
-/// token of the vocabulary, several times the cost of a greedy choice, so it is computed for those who ask.
-///
-/// Errors: as [`Sampler::sample`].
-pub fn log_prob(logits: &[f32], token: u32) -> Result<f64> {
-    let Some(&logit) = logits.get(token as usize) else {
-        return Err(beyond(token, logits.len()));
-    };
-    let max = f64::from(maximum(logits)?);
-    let (blocks, rest) = logits.as_chunks::<8>();
-    let mut sums = [0.0; 8];
-    for block in blocks {
-        for (sum, &x) in sums.iter_mut().zip(block) {
-            *sum += exp(f64::from(x) - max);
-        }
-    }
-    let sum = sums.into_iter().chain(rest.iter().map(|&x| exp(f64::from(x) - max))).sum::<f64>();
-    Ok(f64::from(logit) - max - sum.ln())
-}
-
 /// Scores that are looked at together, so that most of them cost one comparison.
 const BLOCK: usize = 64;
 
@@ -668,8 +648,6 @@ mod tests {
         let penalty = SamplerSettings { repetition_penalty: 1.5, ..SAMPLING };
         let error = Sampler::new(penalty).unwrap().sample(&[1.0, 2.0], &[2]).unwrap_err();
         assert!(error.to_string().contains("token id 2 is beyond the 2 logits; "), "{error}");
-        assert_eq!(log_prob(&[0.0, f32::NAN], 0).unwrap_err().kind(), Kind::Numeric);
-        assert_eq!(log_prob(&[0.0], 1).unwrap_err().kind(), Kind::Argument);
     }
 
     #[test]
@@ -735,17 +713,5 @@ mod tests {
         assert_eq!((exp(0.0), exp(-0.0)), (1.0, 1.0));
         assert_eq!((weight_of(0.0), weight_of(f64::NEG_INFINITY)), (ONE, 0));
         assert_eq!((weight_of(-(2f64.ln())), weight_of(-(4f64.ln()))), (ONE / 2, ONE / 4));
-    }
-
-    #[test]
-    fn log_probabilities_are_those_of_the_plain_distribution() {
-        let logits: Vec<f32> =
-            (0..37u8).map(|i| if i % 9 == 3 { f32::NEG_INFINITY } else { f32::from(i) / 4.0 }).collect();
-        let sum: f64 = logits.iter().map(|&x| f64::from(x).exp()).sum();
-        for id in 0..37 {
-            let expected = f64::from(logits[id as usize]) - sum.ln();
-            let found = log_prob(&logits, id).unwrap();
-            assert!(found == expected || (found - expected).abs() < 1e-14, "{found} {expected}");
-        }
     }
 }

@@ -268,15 +268,19 @@ impl State {
         }
     }
 
-    /// After [`Route`](crate::backend::Route) in prefill: learns the counts and decisions of a layer and takes the pages
-    /// that its kept rows need.
-    pub fn keep_rows(&mut self, be: &mut dyn Backend, layer: usize, keys: Take) -> Result<()> {
+    /// After [`Route`](crate::backend::Route) in prefill: learns the counts of a routed layer, and takes the pages that the
+    /// kept rows need.
+    pub fn keep_rows(&mut self, be: &mut dyn Backend, layer: usize, keys: Take, routed: bool) -> Result<()> {
         if self.phase == Phase::Decode {
             return Ok(());
         }
         let cuts = self.cuts.len();
-        let active_at = self.active_at(layer);
-        be.read_ints(active_at, &mut self.counts[layer * cuts..(layer + 1) * cuts])?;
+        let (active_at, counts) = (self.active_at(layer), &mut self.counts[layer * cuts..(layer + 1) * cuts]);
+        if routed {
+            be.read_ints(active_at, counts)?
+        } else {
+            counts.copy_from_slice(&self.cuts)
+        }
         for i in 0..self.seqs.len() {
             let SeqRows { slot, start, end } = self.seqs[i];
             let rows = self.kv.len(layer, slot) + self.taken(layer, start, end, keys);
@@ -303,9 +307,12 @@ impl State {
                     let SeqRows { slot, start, end } = self.seqs[i];
                     let rows = self.kv.len(layer, slot) + self.taken(layer, start, end, keys);
                     self.kv.set_len(layer, slot, rows);
+                    // The page that was taken for a row that was not written.
+                    self.kv.truncate(layer, slot, rows);
                 }
             }
-        } else if model.routing.as_ref().is_some_and(|r| r.settings.granularity.level == Level::Sequence) {
+        }
+        if self.undecided(model) {
             self.scratch.resize(layers * seqs, 0);
             be.read_ints(self.plan.buffers.decided.slice(0..layers * seqs), &mut self.scratch)?;
             for layer in 0..layers {
@@ -319,6 +326,15 @@ impl State {
             self.activity.active[layer] += u64::from(self.counts[(layer + 1) * cuts - 1]);
         }
         Ok(())
+    }
+
+    /// Whether the step decides for a sequence as a whole: the decisions are kept for the steps that follow.
+    fn undecided(&self, model: &Model) -> bool {
+        let Some(routing) = model.routing.as_ref().filter(|r| r.settings.granularity.level == Level::Sequence) else {
+            return false;
+        };
+        let undecided = |&l: &usize, s: &SeqRows| self.decisions[l * self.plan.kv.slots + s.slot.index()] == UNDECIDED;
+        routing.layers.iter().any(|l| self.seqs.iter().any(|s| undecided(l, s)))
     }
 
     /// Makes the sequences what they were before the last step.

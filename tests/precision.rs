@@ -11,7 +11,16 @@ use mindskip::model::Routing;
 fn stories(options: Options) -> Option<Engine> {
     let bundle = Bundle::embedded().unwrap();
     let routing = bundle.routers.clone().map(Routing::routers);
-    match Engine::new(bundle.config, bundle.weights, routing, &Options { precision: Precision::Bf16, ..options }) {
+    unless_unsupported(Engine::new(
+        bundle.config,
+        bundle.weights,
+        routing,
+        &Options { precision: Precision::Bf16, ..options },
+    ))
+}
+
+fn unless_unsupported(engine: mindskip::Result<Engine>) -> Option<Engine> {
+    match engine {
         Ok(engine) => Some(engine),
         Err(e) if e.kind() == Kind::Unsupported => {
             eprintln!("skipped: {e}");
@@ -27,7 +36,7 @@ fn logits_stay_close_to_those_of_f32() {
     let dense = |precision| {
         let bundle = Bundle::embedded().unwrap();
         let options = Options { precision, ..options(1, 64) };
-        let mut engine = Engine::new(bundle.config, bundle.weights, None, &options).ok()?;
+        let mut engine = unless_unsupported(Engine::new(bundle.config, bundle.weights, None, &options))?;
         let seq = engine.open().unwrap();
         engine.prefill(&[(seq, &prompt)]).unwrap();
         Some(engine.logprobs(&prompt[1..]).unwrap())
@@ -74,7 +83,7 @@ fn other_weights_are_not_touched() {
     let logits = |precision| {
         let options = Options { precision, ..options(1, 64) };
         let weights = mindskip::weights::Weights::open(&folder).unwrap();
-        let mut engine = Engine::new(config(&folder), weights, None, &options).ok()?;
+        let mut engine = unless_unsupported(Engine::new(config(&folder), weights, None, &options))?;
         let seq = engine.open().unwrap();
         Some(engine.prefill(&[(seq, &prompt)]).unwrap().to_vec())
     };

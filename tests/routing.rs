@@ -494,3 +494,85 @@ fn router_files_route_by_themselves() {
         logits_of(&mut engine, &ids(9, 192, 9), &[1]);
     }
 }
+
+/// A sequence that begins with generated tokens is decided as a whole all the same, by its first one.
+#[test]
+fn sequences_are_decided_once_also_when_they_begin_with_decode() {
+    let settings = RouterSettings { granularity: "attn_sequence".parse().unwrap(), ..RouterSettings::default() };
+    let gates = routing(&root().join("routers/bare.safetensors"), settings);
+    let mut engine = engine(&root().join("model"), Some(gates), &options(2, 64));
+    let mut by_prefill: Vec<Vec<f32>> = Vec::new();
+    for by_decode in [false, true] {
+        for first in [3, 50, 90, 120, 150] {
+            let seq = engine.open().unwrap();
+            if by_decode {
+                engine.decode(&[(seq, first)]).unwrap()
+            } else {
+                engine.prefill(&[(seq, &[first])]).unwrap()
+            };
+            let mut logits = Vec::new();
+            for id in ids(12, 192, u64::from(first)) {
+                logits = engine.decode(&[(seq, id)]).unwrap().to_vec();
+            }
+            let rows = engine.kv_usage().unwrap().rows;
+            assert_eq!(rows % 13, 0, "a layer has all rows or none: {rows}");
+            engine.close(seq).unwrap();
+            if by_decode { assert_bits("by decode", &logits, &by_prefill.remove(0)) } else { by_prefill.push(logits) }
+        }
+    }
+}
+
+/// What is not written takes no page, also when decode had to make room for it; and a pool may be smaller than the dense
+/// model's.
+#[test]
+fn skipped_rows_take_no_pages() {
+    let folder = root().join("model");
+    let settings = RouterSettings { keys: Keys::Active, ..RouterSettings::default() };
+    let (layers, routed) = (config(&folder).layers, MODEL_LAYERS.len());
+    let mut all = engine(&folder, Some(random_gates(settings, &MODEL_LAYERS, 0.0)), &options(4, 256));
+    let full = all.plan().clone();
+    let seq = all.open().unwrap();
+    all.prefill(&[(seq, &ids(64, 192, 1))]).unwrap();
+    for id in ids(3, 192, 2) {
+        all.decode(&[(seq, id)]).unwrap();
+        assert_eq!(all.kv_usage().unwrap().pages, 2 * (layers - routed));
+    }
+
+    let page = full.kv.page_bytes() as u64;
+    let less = full.total() - page * (full.kv.pages as u64 / 4);
+    let small = Options { memory: Some(less), ..options(4, 256) };
+    let mut half = engine(&folder, Some(random_gates(settings, &MODEL_LAYERS, 0.25)), &small);
+    assert!(half.plan().kv.pages < full.kv.pages && half.plan().total() <= less);
+    let prompt = ids(250, 192, 3);
+    let seqs: Vec<_> = (0..4).map(|_| half.open().unwrap()).collect();
+    let prompts: Vec<_> = seqs.iter().map(|&seq| (seq, &prompt[..])).collect();
+    half.prefill(&prompts).unwrap();
+    // The dense model does not fit, and neither does this one when nothing is skipped.
+    let weights = || mindskip::weights::Weights::open(&folder).unwrap();
+    assert_eq!(Engine::new(config(&folder), weights(), None, &small).err().unwrap().kind(), mindskip::Kind::Memory);
+    let mut none = engine(&folder, Some(random_gates(settings, &MODEL_LAYERS, 1.0)), &small);
+    let seqs: Vec<_> = (0..4).map(|_| none.open().unwrap()).collect();
+    let prompts: Vec<_> = seqs.iter().map(|&seq| (seq, &prompt[..])).collect();
+    let error = none.prefill(&prompts).unwrap_err();
+    assert!(error.to_string().contains("the KV cache is full") && error.kind() == mindskip::Kind::Memory, "{error}");
+    assert_eq!(none.kv_usage().unwrap().pages, 0);
+}
+
+/// A handle stands for its sequence only, and in its engine only.
+#[test]
+fn handles_outlive_nothing() {
+    let folder = root().join("model");
+    let (mut small, mut large) = (engine(&folder, None, &options(1, 64)), engine(&folder, None, &options(3, 64)));
+    let old = small.open().unwrap();
+    small.close(old).unwrap();
+    let new = small.open().unwrap();
+    let others: Vec<_> = (0..3).map(|_| large.open().unwrap()).collect();
+    for stale in others.into_iter().chain([old]) {
+        let error = small.prefill(&[(stale, &[1, 2])]).unwrap_err();
+        assert_eq!(error.kind(), mindskip::Kind::Argument, "{error}");
+        small.close(stale).unwrap();
+        assert_eq!(small.position(stale), 0);
+    }
+    small.prefill(&[(new, &[1, 2])]).unwrap();
+    assert_eq!(small.position(new), 2);
+}

@@ -3,7 +3,7 @@
 //! `model.rs` is written against [`Backend`]; a backend is chosen once, when the engine is built. Every op takes one
 //! plain struct whose fields state shapes, whose `check` refuses wrong ones before anything runs, and whose `cost` says
 //! how many FLOPs and bytes the op needs for the rows it really processed. Buffers are offsets into arenas that the
-//! memory planner has placed (`memory.rs`), so a step allocates nothing and handles are `Copy`.
+//! memory planner has placed (`memory.rs`): a step allocates no buffers, and handles are `Copy`.
 
 pub mod cpu;
 #[cfg(feature = "cuda")]

@@ -199,8 +199,8 @@ pub struct NormGate {
     /// `[1, hidden]`
     pub weight: Weight,
     pub eps: f32,
-    /// `[rows, hidden]`: `out[i]` is the norm of `x[rows[i]]`
-    pub out: Mat,
+    /// `[rows, hidden]`: `out[i]` is the norm of `x[rows[i]]`; None when only the gate is wanted
+    pub out: Option<Mat>,
     pub gate: Option<Gate>,
 }
 
@@ -219,19 +219,21 @@ impl NormGate {
         check_vector("norm_gate", "norm", self.weight, hidden)?;
         check_f32("norm_gate", "a residual stream", self.x)?;
         check_set("norm_gate", self.rows)?;
+        ensure!(self.out.is_some() || self.gate.is_some(), Shape, "norm_gate: neither rows nor logits are wanted");
         if let Some(gate) = self.gate {
             check_vector("norm_gate", "router", gate.router, hidden)?;
             ensure!(gate.router.dtype == DType::F32, Shape, "norm_gate: routers are f32");
             check_f32("norm_gate", "logits", gate.logits)?;
             check_out("norm_gate", gate.logits, self.rows.bound, 1)?;
         }
-        check_out("norm_gate", self.out, self.rows.bound, hidden)
+        self.out.map_or(Ok(()), |out| check_out("norm_gate", out, self.rows.bound, hidden))
     }
 
     pub fn cost(&self, work: Work) -> Cost {
         let (rows, hidden) = (work.rows as u64, self.x.cols as u64);
         let gate = if self.gate.is_some() { 2 } else { 0 };
-        Cost { flops: rows * hidden * (4 + gate), bytes: rows * hidden * (4 + self.out.dtype.size() as u64) }
+        let out = self.out.map_or(0, |out| out.dtype.size() as u64);
+        Cost { flops: rows * hidden * (4 + gate), bytes: rows * hidden * (4 + out) }
     }
 }
 

@@ -91,7 +91,8 @@ impl RoutingArgs {
             Some(path) => Some(RouterSet::open(path)?),
             None => bundle.routers.clone(),
         };
-        let top_k = self.select == Some(Select::TopK);
+        let select = self.select.or(set.as_ref().map(|set| set.settings.select));
+        let top_k = select == Some(Select::TopK);
         if let Some(capacity) = self.capacity.filter(|_| !(top_k && set.is_some())) {
             return self.random(bundle, set, overrides, capacity).map(Some);
         }
@@ -203,7 +204,7 @@ pub struct SampleArgs {
     /// 0 takes the best token always; higher is more varied.
     #[arg(short, long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f32>,
-    /// Only the K best tokens.
+    /// Only the K best tokens; 0 for all. Where generation_config.json says nothing: 50, as in transformers.
     #[arg(long, value_name = "K", allow_negative_numbers = true)]
     top_k: Option<usize>,
     /// Only the best tokens that together have this probability.
@@ -228,7 +229,7 @@ impl SampleArgs {
         let base = bundle.generation.settings(self.seed);
         let settings = SamplerSettings {
             temperature: if self.greedy { 0.0 } else { self.temperature.unwrap_or(base.temperature) },
-            top_k: self.top_k.or(base.top_k),
+            top_k: self.top_k.map_or(base.top_k, |k| Some(k).filter(|&k| k > 0)),
             top_p: self.top_p.unwrap_or(base.top_p),
             min_p: self.min_p.unwrap_or(base.min_p),
             repetition_penalty: self.repetition_penalty.unwrap_or(base.repetition_penalty),

@@ -52,7 +52,7 @@ impl Chat {
         let (tokenizer, template) = (bundle.tokenizer()?, template(&bundle)?);
         let sampler = Sampler::new(self.sampling.settings(&bundle)?)?;
         let (name, eos) = (bundle.name.clone(), bundle.eos().to_vec());
-        let context = bundle.config.context.min(4096);
+        let context = self.run.context.unwrap_or(bundle.config.context.min(4096));
         let mut engine = self.run.engine(bundle, routing, 1, context, context)?;
         eprintln!("{name}: {}; {}. /clear, /stats, /quit.", routing_line(engine.routing()), engine.device().name);
 
@@ -77,6 +77,10 @@ impl Chat {
                     talk.messages.retain(|m| m.role == "system");
                     talk.restart(&mut engine)?;
                     engine.clear_counts()?;
+                    continue;
+                }
+                text if text.starts_with('/') && !text.contains(' ') => {
+                    eprintln!("no such command: {text}; there are /clear, /stats and /quit");
                     continue;
                 }
                 text => talk.messages.push(Message::new("user", text)),

@@ -68,12 +68,13 @@ pub struct Generate {
 
 impl Generate {
     pub fn run(self) -> Ran {
-        let _noted = catch_interrupts();
         let bundle = self.model.load()?;
         let routing = self.routing.routing(&bundle)?;
         let tokenizer = bundle.tokenizer()?;
         let sampling = self.sampling.settings(&bundle)?;
         let prompts = self.prompts(&bundle, &tokenizer)?;
+        // From here on; until now ^C ends the program, also while it waits for standard input.
+        let _noted = catch_interrupts();
         let (model, eos) = (bundle.name.clone(), if self.ignore_eos { Vec::new() } else { bundle.eos().to_vec() });
 
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
@@ -119,10 +120,10 @@ impl Generate {
         }
         let mut texts = self.prompts.clone();
         for path in &self.files {
-            texts.push(read_text(path)?);
+            texts.push(without_last_newline(read_text(path)?));
         }
         if texts.is_empty() {
-            texts.push(read_stdin()?);
+            texts.push(without_last_newline(read_stdin()?));
         }
         let template = if self.chat { Some(template(bundle)?) } else { None };
         texts.iter().map(|text| self.encode(text, template.as_ref(), tokenizer)).collect()
@@ -225,6 +226,15 @@ pub fn read_ids(path: &PathBuf) -> Result<Vec<u32>> {
             })
         })
         .collect()
+}
+
+/// A prompt does not end in the newline that ends a file, or what `echo` writes.
+fn without_last_newline(mut text: String) -> String {
+    if text.ends_with('\n') {
+        text.pop();
+        text.truncate(text.strip_suffix('\r').unwrap_or(&text).len());
+    }
+    text
 }
 
 /// A text file. Errors: Io; Argument when it is not UTF-8.

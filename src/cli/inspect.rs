@@ -58,13 +58,13 @@ impl Inspect {
         let context = bundle.config.context.min(4096);
         let context = self.run.context.unwrap_or(context);
         let options = self.run.options(self.batch, context, context)?;
-        let routed = routing.as_ref().map_or(0, |r| r.layers.len());
-        let plan = Engine::plan_for(&bundle.config, &bundle.weights, routed, &options);
+        let plan = Engine::plan_for(&bundle.config, &bundle.weights, routing.as_ref(), &options);
         if self.json {
             print_json(&model_json(&bundle, routing.as_ref(), &plan))?;
         } else {
             self.print(&bundle, routing.as_ref(), &plan)?;
         }
+        plan?;
         Ok(Outcome::Done)
     }
 
@@ -168,9 +168,10 @@ fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routing: Option<&Routing>,
     )?;
     line("K/V", plan.kv_bytes(), format!(", {} pages of {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64)))?;
     if let Some(routing) = routing.filter(|r| !r.settings.keeps_kv()) {
+        let (layers, routed) = (plan.kv.layers as f64, routing.layers.len() as f64);
+        let layer = limits.batch * plan.kv.pages_per_seq * plan.kv.page_bytes();
         for capacity in [0.5, 0.0] {
-            let routed = routing.layers.len() as f64 / plan.kv.layers as f64;
-            let bytes = plan.kv_bytes() as f64 * (1.0 - routed * (1.0 - capacity));
+            let bytes = layer as f64 * (layers - routed * (1.0 - capacity));
             line("K/V", bytes as u64, format!(" at capacity {capacity}"))?;
         }
     }

@@ -18,7 +18,7 @@ use mindskip::{Error, Kind, Result};
 
 /// Runs language models whose tokens and sequences skip layers, and shows what that saves.
 ///
-/// Without a command: the embedded model tells a story twice, with its full depth and with its routers.
+/// Without a command: the embedded model tells a story three times, with its full depth and with its routers.
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 struct Cli {

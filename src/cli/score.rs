@@ -21,7 +21,7 @@ pub struct Score {
     #[command(flatten)]
     input: Input,
     /// With --json: also what each routed layer decided, and the scores behind it.
-    #[arg(long)]
+    #[arg(long, requires = "json")]
     trace: bool,
     /// One JSON object: ids, logprobs and, with --trace, layers.
     #[arg(long)]

@@ -7,7 +7,7 @@ use mindskip::engine::{Activity, Engine, KvUsage};
 use mindskip::generate::Timing;
 use mindskip::memory::Size;
 use mindskip::model::{Gates, Routing};
-use mindskip::router::{Level, RouterSettings, Select, Target};
+use mindskip::router::{Keys, Level, RouterSettings, Select, Target};
 use serde_json::{Value, json};
 
 /// Depth and memory that a run used.
@@ -16,16 +16,17 @@ pub struct Usage {
     pub kv: KvUsage,
     /// Routed layers; empty for a dense run.
     pub layers: Vec<usize>,
-    /// Whose K/V a skip drops, in words for people.
-    keeps_kv: bool,
+    /// Whether `--keys active` would save K/V.
+    could_drop: bool,
 }
 
 impl Usage {
     /// Of everything since [`Engine::clear_counts`], with the sequences still open.
     pub fn of(engine: &mut Engine) -> Result<Usage> {
         let layers = engine.routing().map_or_else(Vec::new, |r| r.layers.clone());
-        let keeps_kv = engine.routing().is_some_and(|r| r.settings.keeps_kv());
-        Ok(Usage { activity: engine.activity()?.clone(), kv: engine.kv_usage()?, layers, keeps_kv })
+        let dropping = |r: &Routing| RouterSettings { keys: Keys::Active, ..r.settings }.keeps_kv();
+        let could_drop = engine.routing().is_some_and(|r| r.settings.keeps_kv() && !dropping(r));
+        Ok(Usage { activity: engine.activity()?.clone(), kv: engine.kv_usage()?, layers, could_drop })
     }
 
     /// The share of (token, routed layer) pairs that were active.
@@ -33,9 +34,9 @@ impl Usage {
         self.activity.mean_capacity(&self.layers)
     }
 
-    /// The share of K/V rows that the dense model would hold and this one does not.
+    /// The share of K/V memory that the dense model would hold and this one does not. It goes by whole pages.
     pub fn kv_saved(&self) -> f64 {
-        if self.kv.dense_rows == 0 { 0.0 } else { 1.0 - self.kv.rows as f64 / self.kv.dense_rows as f64 }
+        if self.kv.dense_bytes == 0 { 0.0 } else { 1.0 - self.kv.bytes as f64 / self.kv.dense_bytes as f64 }
     }
 
     /// A bar for each routed layer.
@@ -49,11 +50,12 @@ impl Usage {
 
     /// One line about the K/V.
     pub fn kv_line(&self) -> String {
-        let held = format!("{} of {} rows, {}", self.kv.rows, self.kv.dense_rows, Size(self.kv.bytes));
-        let why = match (self.layers.is_empty(), self.keeps_kv) {
-            (true, _) => "",
-            (_, true) => "; skipped tokens keep theirs, --keys active would drop them",
-            _ => "",
+        let kv = &self.kv;
+        let bytes = format!("{} of {}", Size(kv.bytes), Size(kv.dense_bytes));
+        let held = format!("{} of {} rows, in pages {bytes}", kv.rows, kv.dense_rows);
+        let why = match self.could_drop && self.capacity() < 1.0 {
+            true => "; skipped tokens keep theirs, --keys active would drop them",
+            false => "",
         };
         format!("{held}, {:.0}% saved{why}", self.kv_saved() * 100.0)
     }
@@ -101,7 +103,9 @@ pub fn settings_line(settings: &RouterSettings) -> String {
         text += &format!(", keys {}", settings.keys);
     }
     text + &match (settings.granularity.level, settings.select) {
-        (Level::Token, Select::TopK) => format!(", top-k at capacity {}", settings.capacity),
+        (Level::Token, Select::TopK) => {
+            format!(", top-k of a prompt at capacity {}, then threshold {}", settings.capacity, settings.threshold)
+        }
         _ => format!(", threshold {}", settings.threshold),
     }
 }

@@ -257,22 +257,32 @@ impl Ops for CpuBackend {
         let norm = |x: &[f32], out: &mut [f32]| {
             dispatch!(level, simd => pointwise::rms_norm(simd, x, weight, args.eps, out));
         };
-        match args.gate {
-            None => {
-                let [x, out] = Self::arena(&mut self.arena, OpKind::NormGate, [args.x, args.out])?;
-                let out = out.par_chunks_mut(width).with_min_len(FEW_ROWS);
-                out.zip(rows).for_each(|(out, &row)| norm(&x[row as usize * width..][..width], out));
-            }
-            Some(gate) => {
-                let router = &self.weights[gate.router.id].vector;
-                let [x, out, logits] = Self::arena(&mut self.arena, OpKind::NormGate, [args.x, args.out, gate.logits])?;
-                let scored: Vec<_> = rows.iter().zip(listed(logits, 1, rows)).collect();
-                let out = out.par_chunks_mut(width).with_min_len(FEW_ROWS);
-                out.zip(scored).for_each(|(out, (&row, logit))| {
-                    norm(&x[row as usize * width..][..width], out);
-                    logit[0] = dispatch!(level, simd => simd::dot_f64(simd, out, router)) as f32;
-                });
-            }
+        // What is not wanted is an empty matrix.
+        let none = args.x.rows(0..0);
+        let (out, logits) = (args.out.unwrap_or(none), args.gate.map_or(none, |gate| gate.logits));
+        let [x, out, logits] = Self::arena(&mut self.arena, OpKind::NormGate, [args.x, out, logits])?;
+        let from = |row: u32| &x[row as usize * width..][..width];
+        let Some(gate) = args.gate else {
+            let out = out.par_chunks_mut(width).with_min_len(FEW_ROWS);
+            out.zip(rows).for_each(|(out, &row)| norm(from(row), out));
+            let work = Work { rows: rows.len(), ..Work::default() };
+            self.meter.add(OpKind::NormGate, args.cost(work));
+            return Ok(());
+        };
+        let router = &self.weights[gate.router.id].vector;
+        let score = |row: u32, logit: &mut [f32], out: &mut [f32]| {
+            norm(from(row), out);
+            logit[0] = dispatch!(level, simd => simd::dot_f64(simd, out, router)) as f32;
+        };
+        let mut scored: Vec<_> = rows.iter().zip(listed(logits, 1, rows)).collect();
+        if args.out.is_some() {
+            let out = out.par_chunks_mut(width).with_min_len(FEW_ROWS);
+            out.zip(scored).for_each(|(out, (&row, logit))| score(row, logit, out));
+        } else {
+            scored.par_chunks_mut(FEW_ROWS).for_each_init(
+                || vec![0.0; width],
+                |out, scored| scored.iter_mut().for_each(|(row, logit)| score(**row, logit, out)),
+            );
         }
         let work = Work { rows: rows.len(), ..Work::default() };
         self.meter.add(OpKind::NormGate, args.cost(work));

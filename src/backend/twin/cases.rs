@@ -88,7 +88,7 @@ fn norm_gate(types: Types) -> Vec<Case> {
     let styles = [Rows::Plain, Rows::Special, Rows::Large, Rows::Small];
     for (i, width) in [1, 2, 15, 16, 17, 56, 100, 576, 2049].into_iter().enumerate() {
         for (j, (name, index, count)) in sets.iter().enumerate() {
-            for gated in [false, true] {
+            for (gated, kept) in [(false, true), (true, true), (true, false)] {
                 let dtype = types.weights[(i + j) % types.weights.len()];
                 let style = styles[(i * 2 + j + usize::from(gated)) % 4];
                 // Without it a row of zeros is 0/0; with it, small rows come out smaller.
@@ -109,12 +109,14 @@ fn norm_gate(types: Types) -> Vec<Case> {
                 let rows = s.rows(index, *count);
                 let weight = s.vector("norm", width, dtype);
                 let out = s.activations(rows.bound + 1, width);
+                let out = kept.then_some(out);
                 let gate = gated.then(|| {
                     let router = s.weight("router", 1, width, DType::F32);
                     Gate { router, logits: s.mat(67, 1, DType::F32) }
                 });
                 let op = Op::NormGate(NormGate { x, rows, weight, eps, out, gate });
-                let text = format!("norm of {name}, width {width}, {style:?}, {dtype}, eps {eps}, gate {gated}");
+                let text =
+                    format!("norm of {name}, width {width}, {style:?}, {dtype}, eps {eps}, gate {gated}, rows {kept}");
                 cases.push(s.case(text, op));
             }
         }

@@ -39,7 +39,7 @@ fn right(kind: OpKind) -> Op {
             rows: set(rows),
             weight: weight(1, hidden),
             eps: 1e-5,
-            out: mat(rows, hidden),
+            out: Some(mat(rows, hidden)),
             gate: Some(Gate { router: f32_vector(hidden), logits: mat(rows, 1) }),
         }),
         OpKind::Route => Op::Route(Route {
@@ -184,7 +184,7 @@ fn wrong_arguments_are_refused() {
         NormGate { weight = weight(6, 1) },
         NormGate { weight = weight(2, 6) },
         NormGate { x = half(mat(5, 6)) },
-        NormGate { out = mat(4, 6) },
+        NormGate { out = Some(mat(4, 6)) },
         NormGate { rows.index = ints(4) },
         NormGate { rows.count = Some(ints(0)) },
         NormGate { gate = Some(Gate { router: weight(1, 6), logits: mat(5, 1) }) },

@@ -268,8 +268,8 @@ impl Ops for Reference {
         let rows = self.rows(a.rows);
         for (i, &row) in rows.iter().enumerate() {
             let h = rms_norm(&self.row(a.x, row), self.vector(a.weight), a.eps);
-            for (col, &h) in h.iter().enumerate() {
-                self.put(OpKind::NormGate, a.out, i, col, h);
+            if let Some(out) = a.out {
+                h.iter().enumerate().for_each(|(col, &h)| self.put(OpKind::NormGate, out, i, col, h));
             }
             if let Some(gate) = a.gate {
                 self.put(OpKind::NormGate, gate.logits, row, 0, dot(&h, self.vector(gate.router)));

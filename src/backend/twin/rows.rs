@@ -36,7 +36,7 @@ fn company(kind: OpKind, types: Types, weights: DType, ids: &[usize]) -> Option<
             let rows = s.rows(&index, Count::Host);
             let (weight, router) = (s.vector("norm", K, weights), s.weight("router", 1, K, DType::F32));
             let (out, logits) = (s.activations(n, K), s.mat(ALL, 1, DType::F32));
-            let op = NormGate { x, rows, weight, eps: 1e-5, out, gate: Some(Gate { router, logits }) };
+            let op = NormGate { x, rows, weight, eps: 1e-5, out: Some(out), gate: Some(Gate { router, logits }) };
             (Op::NormGate(op), each(out).zip(ids).map(|(m, &id)| vec![m, logits.rows(id..id + 1)]).collect())
         }
         OpKind::Qkv => {
