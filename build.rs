@@ -1,5 +1,5 @@
-//! Compiles the CUDA kernels of cuda/: with nvcc, when there is one, for GPUs; with the feature `emulate` by the host's C++
-//! compiler for the emulator. Nothing is downloaded. What has not changed is not compiled again.
+//! Compiles the CUDA kernels of cuda/: with nvcc, when there is one, for GPUs; with the feature `emulate` by the host's
+//! C++ compiler for the emulator. Nothing is downloaded. What has not changed is not compiled again.
 
 use std::collections::BTreeSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -68,8 +68,9 @@ fn with_includes(file: PathBuf, all: &mut BTreeSet<PathBuf>) {
     }
 }
 
-/// `command -o output source` for each source, several at a time, but for outputs that are there already. An output's name
-/// holds a hash of all that it is made from. Returns the outputs; a compiler that fails ends the build with its message.
+/// `command -o output source` for each source, several at a time, but for outputs that are there already. An output's
+/// name holds a hash of all that it is made from. Returns the outputs; a compiler that fails ends the build with its
+/// message.
 fn compile(folder: &Path, end: &str, jobs: Vec<(PathBuf, Command)>, version: &str) -> Vec<PathBuf> {
     fs::create_dir_all(folder).unwrap_or_else(|e| fail(format!("{}: {e}", folder.display())));
     let outputs: Vec<PathBuf> = jobs
@@ -235,10 +236,11 @@ mod emulate {
             }
         }
 
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++20").opt_level(2).debug(true).warnings(false);
+        let tool = build.get_compiler();
         let compiler = |kernel: bool| {
-            let mut build = cc::Build::new();
-            build.cpp(true).std("c++20").opt_level(2).debug(true).warnings(false);
-            let mut command = build.get_compiler().to_command();
+            let mut command = tool.to_command();
             command.args(["-c", "-w", "-fno-strict-aliasing", "-ffp-contract=off", "-Icuda", "-DMINDSKIP_EMULATE"]);
             if kernel {
                 command.arg("-fsanitize=alignment,bounds,shift,integer-divide-by-zero");

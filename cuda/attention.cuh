@@ -10,8 +10,8 @@ constexpr int ATTEND_WARPS = 4;
 constexpr int ATTEND_THREADS = ATTEND_WARPS * WARP;
 constexpr float LOG2E = 1.44269504f;
 
-// Tiles of attend_prefill_f16_HD and _bf16_HD: packed query rows (16 for each warp), K/V rows. A warp's sums take HD / 2
-// registers a thread; at 256 they leave room for scores of 32 K/V rows and none for the queries.
+// Tiles of attend_prefill_f16_HD and _bf16_HD: packed query rows (16 for each warp), K/V rows. The sums take HD / 2
+// registers a thread; at 256 they leave room for the scores of 32 K/V rows and none for the queries.
 constexpr int PREFILL_ROWS = 64;
 template <int HD> constexpr int PREFILL_KEYS = HD > 128 ? 32 : 64;
 template <int HD> constexpr bool HOLDS_QUERIES = HD <= 128;

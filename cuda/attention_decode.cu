@@ -1,19 +1,19 @@
 // Flash attention of few query rows, each with K/V of its own: what counts is the bandwidth of memory.
 //
-// A block takes a share of the K/V rows of a query row and K/V head, for all query heads of that head at once; its warps
-// take turns, 16 K/V rows at a time (f32: 4). How many of the `splits` blocks have work follows from the row's range: a
-// block of its own is worth DECODE_PAGES pages or more. Warps merge in shared memory, blocks in args.partial, by the last
-// one to end; always in the same order, so that the same input gives the same bits.
+// A block takes a share of the K/V rows of a query row and K/V head, for all query heads of that head at once; its
+// warps take turns, 16 K/V rows at a time (f32: 4). How many of the `splits` blocks have work follows from the row's
+// range: a block of its own is worth DECODE_PAGES pages or more. Warps merge in shared memory, blocks in args.partial
+// by the last one to end, always in the same order: the same input gives the same bits.
 //
 // Launch: grid (bound, kv_heads, splits), 128 threads, dynamic shared memory decode_shared(head_dim, heads / kv_heads).
-// HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim. args.partial and args.tickets are not touched
-// when splits is 1.
+// HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim. With splits == 1 args.partial and
+// args.tickets are not touched.
 //
-// K/V go from memory straight into the registers of the tensor cores, past the L1 cache and shared memory. 16 bytes a lane
-// are 8 numbers along head_dim where mma means 2, but neither a sum over head_dim minds in which order it is taken, nor do
-// the columns of a result where they stand in memory. There is no barrier and no copy between a load and its use, and a
-// warp has 2 * HD / 16 loads of 512 bytes under way: at HD 128 8 KiB, 64 KiB in the 8 warps that registers allow for on a
-// multiprocessor, where 20 KiB cover 0.8 us at 3.3 TB/s on 132 of them (expected).
+// K/V go from memory straight into the registers of the tensor cores, past the L1 cache and shared memory. 16 bytes a
+// lane are 8 numbers along head_dim where mma means 2, but a sum over head_dim does not mind in which order it is
+// taken, nor columns of a result where they stand in memory. There is no barrier and no copy between a load and its
+// use, and a warp has HD / 8 loads of 512 bytes under way: at HD 128 8 KiB, 64 KiB in the 8 warps of a multiprocessor
+// that registers allow for, where 20 KiB cover 0.8 us at 3.3 TB/s on 132 of them (expected).
 
 #include "attention.cuh"
 
@@ -45,7 +45,7 @@ struct Part {
 struct State {
     float sum, top, total;
 
-    // `by(i)` of `count` states, in order.
+    // by(i) of `count` states, in order.
     template <class F> static __device__ State merge(uint32_t count, float scale2, F by) {
         State all{0.0f, -INF, 0.0f};
         for (uint32_t i = 0; i < count; i++) all.top = fmaxf(all.top, by(i).top);
@@ -84,7 +84,8 @@ template <class T> __device__ inline T* out_of(const AttendArgs& args, const Par
 
 // Merges the warps: to `out` when nobody else has a part, else to the block's partial.
 template <class T>
-__device__ void merge_warps(const AttendArgs& args, const Part& part, const Found& found, uint32_t head0, float scale2) {
+__device__ void merge_warps(const AttendArgs& args, const Part& part, const Found& found, uint32_t head0,
+                            float scale2) {
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < found.heads * found.head_dim; i += ATTEND_THREADS) {
         const uint32_t head = i / found.head_dim, column = i % found.head_dim;
@@ -124,9 +125,9 @@ template <class T> __device__ void merge_blocks(const AttendArgs& args, const Pa
     }
 }
 
-// K of 16 rows from `row` on. With g = lane / 4 and t = lane % 4, a lane has numbers 32c + 8t to 32c + 8t + 7 of rows g and
-// g + 8: the right operand of two steps of mma along head_dim, which takes its numbers from any places, if the queries
-// come from the same. Rows that are not seen, which may never have been written, are not read.
+// K of 16 rows from `row` on. With g = lane / 4 and t = lane % 4, a lane has numbers 32c + 8t to 32c + 8t + 7 of rows g
+// and g + 8: the right operand of two steps of mma along head_dim, if the queries are taken in the same order. Rows
+// that are not seen, which may never have been written, are not read.
 template <int HD> struct Keys {
     static constexpr int CHUNKS = (HD + 31) / 32;
     uint4 at[2][CHUNKS];
@@ -147,8 +148,8 @@ template <int HD> struct Keys {
     }
 };
 
-// V of the same rows, columns [64c, 64c + 64) of chunks c from FROM on. A lane has columns 64c + 8g to 64c + 8g + 7 of the
-// K/V rows that its weights belong to: 2t, 2t + 1, 2t + 8, 2t + 9. 8 lanes read 128 bytes in one piece.
+// V of the same rows. A lane has columns 64c + 8g to 64c + 8g + 7 of the K/V rows that its weights belong to: 2t, 2t +
+// 1, 2t + 8, 2t + 9. 8 lanes read 128 bytes in one piece.
 template <int HD> struct Values {
     static constexpr int CHUNKS = (HD + 63) / 64;
     uint4 at[CHUNKS][4];
@@ -172,9 +173,9 @@ template <int HD> struct Values {
 
 __device__ inline uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
-// The first product has the heads as its 16 rows and the K/V rows as its columns. The second one is transposed, columns of V
-// by heads, so that 8 heads, which are enough for most models, need half the registers of 16; its right operand is what the
-// first one left in each thread.
+// The first product has the heads as its 16 rows and the K/V rows as its columns. The second one is transposed, columns
+// of V by heads: its right operand is what the first one left in each thread, and 8 heads, enough for most models, need
+// half the registers of 16, which is what lets HD 256 in.
 template <class T, int HD> __device__ void decode(const AttendArgs& args) {
     constexpr int HEADS = DECODE_HEADS<HD>, TILES = HEADS / 8;
     // Registers for K of the next rows while V of these are on their way.
@@ -195,8 +196,9 @@ template <class T, int HD> __device__ void decode(const AttendArgs& args) {
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
                 const uint32_t head = g + 8 * tile, column = 32 * c + 8 * t;
-                const T* from = (const T*)args.q + query_at(args, part.row, part.kv_head * part.group + head0 + head) + column;
-                q[c][tile] = head < heads && column < head_dim ? *(const uint4*)from : make_uint4(0, 0, 0, 0);
+                const size_t at = query_at(args, part.row, part.kv_head * part.group + head0 + head) + column;
+                const bool valid = head < heads && column < head_dim;
+                q[c][tile] = valid ? *(const uint4*)((const T*)args.q + at) : make_uint4(0, 0, 0, 0);
             }
         }
         // Columns 64c + 8g + 2j of heads 2t, 2t + 1 of a tile, then the next column of both.
@@ -265,12 +267,14 @@ template <class T, int HD> __device__ void decode(const AttendArgs& args) {
             if (__any_sync(FULL, grown)) {
 #pragma unroll
                 for (int tile = 0; tile < TILES; tile++) {
-                    const float lo = __shfl_sync(FULL, shrink[tile], 8 * t), hi = __shfl_sync(FULL, shrink[tile], 8 * t + 4);
+                    const float lo = __shfl_sync(FULL, shrink[tile], 8 * t); // of head 2t
+                    const float hi = __shfl_sync(FULL, shrink[tile], 8 * t + 4);
 #pragma unroll
                     for (auto& chunk : out) {
 #pragma unroll
                         for (auto& columns : chunk) {
-                            columns[tile][0] *= lo, columns[tile][1] *= hi, columns[tile][2] *= lo, columns[tile][3] *= hi;
+                            columns[tile][0] *= lo, columns[tile][1] *= hi;
+                            columns[tile][2] *= lo, columns[tile][3] *= hi;
                         }
                     }
                 }
@@ -322,8 +326,8 @@ template <class T, int HD> __device__ void decode(const AttendArgs& args) {
     merge_blocks<T>(args, part, scale2);
 }
 
-// Plain f32 arithmetic for any head_dim up to 256: a lane has columns 4 * lane and 128 + 4 * lane of K/V rows and heads, a
-// warp 4 K/V rows and 4 heads at a time.
+// Plain f32 arithmetic for any head_dim up to 256: a lane has columns 4 * lane and 128 + 4 * lane of K/V rows and
+// heads, a warp 4 K/V rows and 4 heads at a time.
 __device__ void decode_f32(const AttendArgs& args) {
     constexpr int HEADS = DECODE_F32_HEADS, ROWS = 4;
     extern __shared__ uint4 shared[];
@@ -336,7 +340,8 @@ __device__ void decode_f32(const AttendArgs& args) {
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             const uint32_t column = 128 * c + 4 * lane;
-            const float4 four = valid && column < head_dim ? *(const float4*)(from + column) : make_float4(0, 0, 0, 0);
+            const bool within = valid && column < head_dim;
+            const float4 four = within ? *(const float4*)(from + column) : make_float4(0, 0, 0, 0);
             x[4 * c] = four.x, x[4 * c + 1] = four.y, x[4 * c + 2] = four.z, x[4 * c + 3] = four.w;
         }
     };
@@ -394,7 +399,8 @@ __device__ void decode_f32(const AttendArgs& args) {
             for (int c = 0; c < 2; c++) {
                 const uint32_t column = 128 * c + 4 * lane;
                 const float* const x = out[h] + 4 * c;
-                if (column < head_dim) *(float4*)(found.sums_of(warp, h) + column) = make_float4(x[0], x[1], x[2], x[3]);
+                if (column >= head_dim) continue;
+                *(float4*)(found.sums_of(warp, h) + column) = make_float4(x[0], x[1], x[2], x[3]);
             }
         }
         merge_warps<float>(args, part, found, head0, scale2);

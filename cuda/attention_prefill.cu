@@ -1,8 +1,8 @@
 // Flash attention of many query rows (Dao, arXiv 2307.08691) over paged K/V by row ranges.
 //
 // The heads that share a K/V head are packed: of a K/V head with G query heads, packed row p is head p % G of query row
-// p / G. A block takes a tile of packed rows, so K/V are read once for the group, and walks the K/V of the sequences that
-// its rows belong to, mostly one. Of the K/V rows that no query of the tile sees, none is read.
+// p / G. A block takes a tile of packed rows, so K/V are read once for the group, and walks the K/V of the sequences
+// its rows belong to, mostly one. K/V rows that no query of the tile sees are not read.
 //
 // Launch, with R = PREFILL_ROWS = 64, for f32 PREFILL_F32_ROWS = 32:
 //   grid (ceil(bound * heads / kv_heads / R), kv_heads), 128 threads,
@@ -27,13 +27,13 @@ struct Tile {
             if (end >= limit) return false;
             begin = end;
             slot = slot_of(args, begin);
+            // Its rows stand together: most often up to the limit, else up to where halving finds another.
             end = limit;
-            if (slot_of(args, limit - 1) != slot) {
-                for (uint32_t same = begin, other = limit - 1; end = other, other - same > 1;) {
-                    const uint32_t middle = (same + other) / 2;
-                    if (slot_of(args, middle) == slot) same = middle;
-                    else other = middle;
-                }
+            uint32_t same = slot_of(args, limit - 1) == slot ? limit - 1 : begin;
+            while (end - same > 1) {
+                const uint32_t middle = (same + end) / 2;
+                if (slot_of(args, middle) == slot) same = middle;
+                else end = middle;
             }
             first = args.first[begin];
             last = args.end[end - 1];
@@ -113,7 +113,7 @@ template <int HD, int N> __device__ inline void soften(float (&scores)[N][4], Su
         }
         sums.total[r] = sums.total[r] * shrink[r] + total;
     }
-    // Behind the first tiles the maximum seldom grows: expected to save a tenth of the arithmetic outside the tensor cores.
+    // Behind the first tiles the maximum seldom grows: expected to save a tenth of the instructions of a tile.
     if (!__any_sync(FULL, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
 #pragma unroll
     for (auto& columns : sums.out) {
@@ -123,7 +123,8 @@ template <int HD, int N> __device__ inline void soften(float (&scores)[N][4], Su
 }
 
 // The left operand of the second product: the weights of 16 K/V rows.
-template <class T> __device__ inline void pack_weights(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
+template <class T>
+__device__ inline void pack_weights(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
     a[0] = pack<T>(low[0], low[1]);
     a[1] = pack<T>(low[2], low[3]);
     a[2] = pack<T>(high[0], high[1]);
@@ -147,10 +148,10 @@ __device__ inline void add_values(Sums<HD>& sums, const float (&weights)[N][4], 
     }
 }
 
-// The same by one K/V row at a time, which goes to the queries that see it only: 0 * NaN would be NaN in the others.
+// The same by one K/V row at a time, which goes to the queries that see it only.
 template <class T, int HD, int N>
 __device__ inline void add_values_apart(Sums<HD>& sums, const float (&weights)[N][4], const T* values, uint32_t key,
-                                              Seen low, Seen high) {
+                                        Seen low, Seen high) {
     const int t = threadIdx.x % 4;
 #pragma unroll
     for (int k = 0; k < N / 2; k++) {
@@ -189,27 +190,31 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
     Share share;
     if (!share.take<PREFILL_ROWS>(args)) return;
 
-    // The threads that copy a row, as many as its units or the next power of two; the rows of one go.
+    // Threads that copy a row, at least one for each of its units; the rows of one go.
     constexpr int LANES = UNITS <= 4 ? 4 : UNITS <= 8 ? 8 : UNITS <= 16 ? 16 : 32, ROWS = ATTEND_THREADS / LANES;
     const uint32_t row0 = threadIdx.x / LANES, column = threadIdx.x % LANES * 8;
     const KvLayer& kv = args.kv;
     const float scale2 = args.scale * LOG2E;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const uint32_t packed = share.packed + 16 * warp;
-    // The lane's row of 8x8 matrices: four as (rows, columns) 0, (rows + 8), (columns + 8), both; for K the two in turn.
-    const int by_rows = (lane & 15) * LINE + lane / 16 * 8, by_columns = (lane / 16 * 8 + lane % 8) * LINE + (lane & 8);
+    // The lane's row of the four 8x8 matrices of a 16x16 one: the lower left one comes second, for K the upper right
+    // one.
+    const int by_rows = (lane & 15) * LINE + lane / 16 * 8;
+    const int by_columns = (lane / 16 * 8 + lane % 8) * LINE + (lane & 8);
 
 #pragma unroll
     for (int row = row0; row < PREFILL_ROWS; row += ROWS) {
         if (column >= HD) break;
         const uint32_t p = share.packed + row;
         const bool valid = p < share.limit && column < kv.head_dim;
-        copy_async(queries + row * LINE + column, (const T*)args.q + (valid ? share.at(args, p) + column : 0), valid);
+        const T* const from = (const T*)args.q + share.at(args, p) + column;
+        copy_async(queries + row * LINE + column, from, valid);
     }
     copy_commit();
-    uint32_t q[HOLD ? STEPS : 1][4];
-    // 16 bytes a thread go to shared memory, LANES threads a row; zeros for K/V rows that no query sees, which may never have
-    // been written, and for columns beyond head_dim.
+    uint32_t q[STEPS][4];
+    const auto load_queries = [&](int k) { load_matrices(q[k], queries + 16 * warp * LINE + by_rows + k * 16); };
+    // 16 bytes a thread go to shared memory, LANES threads a row; zeros for K/V rows that no query sees, which may
+    // never have been written, and for columns beyond head_dim.
     const auto load_tile = [&](const Tile& tile, int stage) {
         if (column >= HD) return;
         const T* const from = key_at<T>(kv, tile.slot, blockIdx.y, tile.key) + column;
@@ -224,8 +229,8 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
     };
 
     Sums<HD> sums;
-    // Only a NaN or an infinity of V makes sums of these that are none, and it may have come to queries that do not see it:
-    // then, which is rare, the tile is done again with care. Else nothing is paid for it.
+    // A sum that is no number may come from a NaN or an infinity in V that its query does not see: 0 * NaN. Then,
+    // rarely, the tile is done again, and where not all queries see all K/V rows these are added one by one.
     for (bool apart = false;; apart = true) {
         sums.clear();
         Tile tile = Tile::before(share.packed / share.group);
@@ -236,10 +241,11 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
             copy_wait<1>();
             __syncthreads();
 #pragma unroll
-            for (int k = 0; k < STEPS; k++) load_matrices(q[k], queries + 16 * warp * LINE + by_rows + k * 16);
+            for (int k = 0; k < STEPS; k++) load_queries(k);
         }
         // Of the warp's rows that belong to the tile's sequence: K/V rows that some see, and that all do.
-        uint32_t run = ~0u, some_first = 0, some_end = 0, all_first = 0, all_end = 0;
+        uint32_t some_first, some_end, all_first, all_end;
+        bool fresh = true;
         for (int stage = 0; more; stage ^= 1) {
             Tile next = tile;
             const bool follows = next.next<KEYS>(args, share.rows_end);
@@ -247,8 +253,7 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
             __syncthreads(); // this tile is there, and nobody is at the one before
             if (follows) load_tile(next, stage ^ 1);
             copy_commit();
-            if (run != tile.begin) {
-                run = tile.begin;
+            if (fresh) {
                 const uint32_t from = max(packed, tile.begin * share.group);
                 const uint32_t to = min(min(packed + 16, share.limit), tile.end * share.group);
                 some_first = some_end = all_first = all_end = 0;
@@ -263,14 +268,13 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
                 float scores[KEYS / 8][4] = {};
 #pragma unroll
                 for (int k = 0; k < STEPS; k++) {
-                    uint32_t a[4];
-                    if (!HOLD) load_matrices(a, queries + 16 * warp * LINE + by_rows + k * 16);
+                    if (!HOLD) load_queries(k);
 #pragma unroll
                     for (int i = 0; i < KEYS / 16; i++) {
                         uint32_t b[4];
                         load_matrices(b, keys + i * 16 * LINE + by_columns + k * 16);
-                        multiply_add<T>(scores[2 * i], HOLD ? q[k % (HOLD ? STEPS : 1)] : a, {b[0], b[1]});
-                        multiply_add<T>(scores[2 * i + 1], HOLD ? q[k % (HOLD ? STEPS : 1)] : a, {b[2], b[3]});
+                        multiply_add<T>(scores[2 * i], q[k], {b[0], b[1]});
+                        multiply_add<T>(scores[2 * i + 1], q[k], {b[2], b[3]});
                     }
                 }
                 const bool whole = tile.key >= all_first && tile.key + KEYS <= all_end;
@@ -293,6 +297,7 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
                 if (apart && !whole) add_values_apart<T, HD>(sums, scores, values, tile.key, seen[0], seen[1]);
                 else add_values<T, HD>(sums, scores, values);
             }
+            fresh = next.begin != tile.begin;
             tile = next, more = follows;
         }
         bool finite = true;
@@ -365,14 +370,16 @@ __device__ void prefill_f32(const AttendArgs& args) {
         __syncthreads();
         float scores[4][2] = {};
         for (uint32_t c = 0; c < head_dim; c += 4) {
-            const float4 k[2] = {*(const float4*)(tile_room + x * line + c), *(const float4*)(tile_room + (x + 16) * line + c)};
+            const float* const at = tile_room + x * line + c;
+            const float4 k[2] = {*(const float4*)at, *(const float4*)(at + 16 * line)};
 #pragma unroll
             for (int r = 0; r < 4; r++) {
                 const float4 q = *(const float4*)(queries + (row0 + r) * line + c);
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
                     float& s = scores[r][j];
-                    s = fmaf(q.x, k[j].x, s), s = fmaf(q.y, k[j].y, s), s = fmaf(q.z, k[j].z, s), s = fmaf(q.w, k[j].w, s);
+                    s = fmaf(q.x, k[j].x, s), s = fmaf(q.y, k[j].y, s);
+                    s = fmaf(q.z, k[j].z, s), s = fmaf(q.w, k[j].w, s);
                 }
             }
         }

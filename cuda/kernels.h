@@ -69,7 +69,7 @@ typedef struct NormGateArgs {
     const float *weight; /* [width] */
     float eps;
     uint32_t width;
-    void *out;           /* [rows, width] */
+    void *out;           /* [rows, width], or null */
     const float *router; /* [width], or null */
     float *logits;       /* [*] */
     WorkCount *work;     /* or null */

@@ -63,7 +63,7 @@ template <class T> __device__ void norm_gate(const NormGateArgs& args) {
         load8(w, args.weight + at);
 #pragma unroll
         for (int i = 0; i < 8; i++) y[i] = v[i] * scale * w[i];
-        store8(out + at, y);
+        if (args.out) store8(out + at, y);
         if (!args.router) return;
         load8(w, args.router + at);
 #pragma unroll

@@ -74,12 +74,12 @@ fn plan(
     weights: &Weights,
     routing: Option<&Routing>,
     options: &Options,
-    device: &DeviceInfo,
+    backend: &dyn Backend,
 ) -> Result<MemoryPlan> {
     let routed = routing.map_or(0, |r| r.layers.len());
     let sparse = routing.filter(|r| r.keys() == Take::Active).map_or(0, |r| r.layers.len());
     let weights = weights.bytes() as u64;
-    MemoryPlan::new(config, Routed { layers: routed, sparse_kv: sparse }, weights, options.limits(config), device)
+    MemoryPlan::new(config, Routed { layers: routed, sparse_kv: sparse }, weights, options.limits(config), backend)
 }
 
 /// An open sequence of an [`Engine`].
@@ -141,9 +141,9 @@ impl Engine {
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
-        let plan = plan(&config, &weights, routing.as_ref(), options, backend.info())?;
+        let plan = plan(&config, &weights, routing.as_ref(), options, backend.as_ref())?;
         let model = Model::load(config, &weights, routing, backend.as_mut())?;
-        backend.reserve(plan.arena as usize, plan.ints as usize / 4, &plan.kv)?;
+        backend.reserve(plan.arena as usize, plan.ints as usize / 4, plan.workspace as usize, &plan.kv)?;
         let slots = plan.kv.slots;
         let state = State::new(plan);
         Ok(Engine {
@@ -164,7 +164,7 @@ impl Engine {
         routing: Option<&Routing>,
         options: &Options,
     ) -> Result<MemoryPlan> {
-        plan(config, weights, routing, options, backend(options)?.info())
+        plan(config, weights, routing, options, backend(options)?.as_ref())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.

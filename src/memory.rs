@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::backend::{ALIGN, DeviceInfo, Ints, KvLayout, Mat, PAGE};
+use crate::backend::{ALIGN, Backend, Ints, KvLayout, Largest, Mat, PAGE};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::tensor::DType;
@@ -97,6 +97,8 @@ pub struct MemoryPlan {
     /// The activation and integer arenas.
     pub arena: u64,
     pub ints: u64,
+    /// What the backend needs besides.
+    pub workspace: u64,
     pub kv: KvLayout,
     pub buffers: Buffers,
 }
@@ -107,7 +109,8 @@ impl MemoryPlan {
     ///
     /// Errors: Argument for limits that make no sense; Memory when it does not fit, with the
     /// sizes and the knobs.
-    pub fn new(config: &Config, routed: Routed, weights: u64, limits: Limits, device: &DeviceInfo) -> Result<Self> {
+    pub fn new(config: &Config, routed: Routed, weights: u64, limits: Limits, be: &dyn Backend) -> Result<Self> {
+        let device = be.info();
         let Limits { context, batch, rows, chunk, memory } = limits;
         for (name, value) in [("context", context), ("batch", batch), ("rows", rows), ("chunk", chunk)] {
             if !(1..1 << 31).contains(&value) {
@@ -137,7 +140,15 @@ impl MemoryPlan {
             Buffers::place(config, routed.layers, limits, device.activations, &mut place).ok_or_else(too_large)?;
         let available = memory.or(device.free_memory);
         let (arena, ints) = (place.bytes as u64, (place.ints * 4) as u64);
-        let mut plan = MemoryPlan { limits, available, weights, arena, ints, kv, buffers };
+        let largest = Largest {
+            rows,
+            chunk: buffers.h.rows,
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+            heads: config.heads,
+        };
+        let workspace = be.workspace(&largest, &kv) as u64;
+        let mut plan = MemoryPlan { limits, available, weights, arena, ints, workspace, kv, buffers };
         if let Some(available) = available {
             // Room for all that the dense layers keep, and the first page of the others; how much more they need is known
             // when they have decided.
@@ -156,7 +167,7 @@ impl MemoryPlan {
                     Size(plan.total()),
                     Size(available),
                     Size(plan.weights),
-                    Size(plan.arena + plan.ints),
+                    Size(plan.activations()),
                     Size(plan.kv_bytes()),
                 ),
             )
@@ -170,8 +181,13 @@ impl MemoryPlan {
         self.kv.pages as u64 * self.kv.page_bytes() as u64
     }
 
+    /// Bytes of the arenas and the workspace.
+    pub fn activations(&self) -> u64 {
+        self.arena + self.ints + self.workspace
+    }
+
     pub fn total(&self) -> u64 {
-        self.weights.saturating_add(self.arena).saturating_add(self.ints).saturating_add(self.kv_bytes())
+        self.weights.saturating_add(self.activations()).saturating_add(self.kv_bytes())
     }
 }
 

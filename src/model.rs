@@ -363,6 +363,7 @@ impl Model {
             q: b.q,
             out: b.attn,
             kv_heads: c.kv_heads,
+            single: st.phase() == Phase::Decode,
         })?;
         be.project_add(&ProjectAdd { src: b.attn, weight: layer.o, bias: layer.o_bias, rows: q_rows, x: b.x })
     }

@@ -422,7 +422,8 @@ impl State {
 
     /// All rows of a chunk.
     pub fn all(&self, chunk: Chunk) -> RowSet {
-        RowSet::exact(self.plan.buffers.all.slice(chunk.start..chunk.end))
+        let index = self.plan.buffers.all.slice(chunk.start..chunk.end);
+        RowSet { run: Some(chunk.start), ..RowSet::exact(index) }
     }
 
     /// The active rows of a chunk, of those that `list` holds for the whole step.
@@ -432,7 +433,8 @@ impl State {
             Phase::Prefill => RowSet::exact(index),
             Phase::Decode => {
                 let counts = self.active_at(layer);
-                RowSet { index, bound: index.len, count: Some(counts.slice(counts.len - 1..counts.len)) }
+                let count = Some(counts.slice(counts.len - 1..counts.len));
+                RowSet { count, ..RowSet::exact(index) }
             }
         }
     }

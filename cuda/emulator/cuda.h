@@ -1,7 +1,11 @@
 // CUDA C++ for the host's compiler: a kernel's threads are fibers (emulator.cpp), device memory is the host's.
 //
-// build.rs rewrites __shared__ declarations on the way (so that shared memory can be filled with NaN and guarded) and puts
-// each .cu file into a namespace of its own, as each is a module of its own on a GPU.
+// build.rs rewrites __shared__ declarations on the way (so that shared memory can be filled with NaN and guarded) and
+// puts each .cu file into a namespace of its own, as each is a module of its own on a GPU. Shared variables are
+// references then: a lambda captures them by [&].
+//
+// Not here: spinning on what another thread or block will write (nobody else runs meanwhile), __activemask, weaker
+// memory orders than the host's. A lost update without an atomic shows only between blocks.
 #pragma once
 
 #include <math.h>
@@ -26,11 +30,11 @@
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
-#define KERNEL(name, Args, threads)                                                                                       \
-    static void name(const Args &args);                                                                                   \
-    [[maybe_unused]] static const bool emu_added_##name =                                                                 \
-        emu::add_kernel({#name, sizeof(Args), threads, [](const void *args) { name(*(const Args *)args); }});             \
-    static void name([[maybe_unused]] const Args &args)
+#define KERNEL(name, Args, threads)                                                                                    \
+    static void name(const Args& args);                                                                                \
+    [[maybe_unused]] static const bool emu_added_##name =                                                              \
+        emu::add_kernel({#name, sizeof(Args), threads, [](const void* args) { name(*(const Args*)args); }});           \
+    static void name([[maybe_unused]] const Args& args)
 
 #define threadIdx (emu::now->thread)
 #define blockIdx (emu::here->block)
@@ -38,14 +42,10 @@
 #define gridDim (emu::here->grid_dim)
 constexpr int warpSize = 32;
 
-#define EMU_VECTOR(type, name)                                                                                            \
-    struct alignas(2 * sizeof(type)) name##2 {                                                                            \
-        type x, y;                                                                                                        \
-    };                                                                                                                    \
-    struct alignas(sizeof(type) < 8 ? 4 * sizeof(type) : 16) name##4 {                                                    \
-        type x, y, z, w;                                                                                                  \
-    };                                                                                                                    \
-    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                                      \
+#define EMU_VECTOR(type, name)                                                                                         \
+    struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                                           \
+    struct alignas(sizeof(type) < 8 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; };                             \
+    inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                                   \
     inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 EMU_VECTOR(unsigned short, ushort)
 EMU_VECTOR(unsigned, uint)
@@ -77,21 +77,22 @@ inline void __nanosleep(unsigned) { emu::maybe_yield(); }
 namespace emu {
 
 // Calls f(lane, what it brought) for the lanes of the mask.
-template <class Lane, class F> inline void each_lane(void *const lanes[32], uint32_t mask, F f) {
-    for (; mask; mask &= mask - 1) f(__builtin_ctz(mask), *(Lane *)lanes[__builtin_ctz(mask)]);
+template <class Lane, class F> inline void each_lane(void* const lanes[32], uint32_t mask, F f) {
+    for (; mask; mask &= mask - 1) f(__builtin_ctz(mask), *(Lane*)lanes[__builtin_ctz(mask)]);
 }
 
-template <class T> T shuffle(const char *what, uint32_t mask, T value, uint32_t from, Site site) {
+template <class T> T shuffle(const char* what, uint32_t mask, T value, uint32_t from, Site site) {
     struct Lane {
         T in, out;
         uint32_t from;
     } mine{value, value, from};
     collective(
         what, mask, &mine,
-        [](void *const lanes[32], uint32_t mask) {
-            each_lane<Lane>(lanes, mask, [&](uint32_t lane, Lane &to) {
-                if (!(mask >> to.from & 1)) fail("lane %u reads lane %u, which is not in the mask %08x", lane, to.from, mask);
-                to.out = ((Lane *)lanes[to.from])->in;
+        [](void* const lanes[32], uint32_t mask) {
+            each_lane<Lane>(lanes, mask, [&](uint32_t lane, Lane& to) {
+                if (!(mask >> to.from & 1))
+                    fail("lane %u reads lane %u, which is not in the mask %08x", lane, to.from, mask);
+                to.out = ((Lane*)lanes[to.from])->in;
             });
         },
         site);
@@ -99,7 +100,8 @@ template <class T> T shuffle(const char *what, uint32_t mask, T value, uint32_t 
 }
 
 // The numbers of all lanes, combined: f(so far, lane, number).
-template <class In, class Out, class F> Out combine(const char *what, uint32_t mask, In value, Out first, F, Site site) {
+template <class In, class Out, class F>
+Out combine(const char* what, uint32_t mask, In value, Out first, F, Site site) {
     static_assert(std::is_empty_v<F>);
     struct Lane {
         In in;
@@ -107,10 +109,10 @@ template <class In, class Out, class F> Out combine(const char *what, uint32_t m
     } mine{value, first};
     collective(
         what, mask, &mine,
-        [](void *const lanes[32], uint32_t mask) {
-            Out sum = ((Lane *)lanes[__builtin_ctz(mask)])->out;
-            each_lane<Lane>(lanes, mask, [&](uint32_t lane, Lane &it) { sum = F()(sum, lane, it.in); });
-            each_lane<Lane>(lanes, mask, [&](uint32_t, Lane &it) { it.out = sum; });
+        [](void* const lanes[32], uint32_t mask) {
+            Out sum = ((Lane*)lanes[__builtin_ctz(mask)])->out;
+            each_lane<Lane>(lanes, mask, [&](uint32_t lane, Lane& it) { sum = F()(sum, lane, it.in); });
+            each_lane<Lane>(lanes, mask, [&](uint32_t, Lane& it) { it.out = sum; });
         },
         site);
     return mine.out;
@@ -119,10 +121,9 @@ template <class In, class Out, class F> Out combine(const char *what, uint32_t m
 } // namespace emu
 
 inline void __syncwarp(unsigned mask = 0xffffffff, emu::Site site = emu::Site::here()) {
-    emu::collective("__syncwarp", mask, nullptr, [](void *const *, uint32_t) {}, site);
+    emu::collective("__syncwarp", mask, nullptr, [](void* const*, uint32_t) {}, site);
 }
-template <class T>
-T __shfl_sync(unsigned mask, T x, int from, int width = 32, emu::Site site = emu::Site::here()) {
+template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, emu::Site site = emu::Site::here()) {
     return emu::shuffle("__shfl_sync", mask, x, (emu::now->lane & -width) | (from & (width - 1)), site);
 }
 template <class T>
@@ -138,10 +139,12 @@ T __shfl_up_sync(unsigned mask, T x, unsigned lanes, int width = 32, emu::Site s
 template <class T>
 T __shfl_down_sync(unsigned mask, T x, unsigned lanes, int width = 32, emu::Site site = emu::Site::here()) {
     const uint32_t lane = emu::now->lane;
-    return emu::shuffle("__shfl_down_sync", mask, x, (lane & (width - 1)) + lanes < unsigned(width) ? lane + lanes : lane, site);
+    return emu::shuffle("__shfl_down_sync", mask, x,
+                        (lane & (width - 1)) + lanes < unsigned(width) ? lane + lanes : lane, site);
 }
 inline unsigned __ballot_sync(unsigned mask, int yes, emu::Site site = emu::Site::here()) {
-    return emu::combine("__ballot_sync", mask, yes, 0u, [](unsigned s, uint32_t i, int x) { return s | unsigned(x != 0) << i; }, site);
+    return emu::combine(
+        "__ballot_sync", mask, yes, 0u, [](unsigned s, uint32_t i, int x) { return s | unsigned(x != 0) << i; }, site);
 }
 inline int __any_sync(unsigned mask, int yes, emu::Site site = emu::Site::here()) {
     return emu::combine("__any_sync", mask, yes, 0, [](int s, uint32_t, int x) { return int(s || x); }, site);
@@ -149,9 +152,10 @@ inline int __any_sync(unsigned mask, int yes, emu::Site site = emu::Site::here()
 inline int __all_sync(unsigned mask, int yes, emu::Site site = emu::Site::here()) {
     return emu::combine("__all_sync", mask, yes, 1, [](int s, uint32_t, int x) { return int(s && x); }, site);
 }
-#define EMU_REDUCE(type, name, first, how)                                                                                \
-    inline type __reduce_##name##_sync(unsigned mask, type x, emu::Site site = emu::Site::here()) {                       \
-        return emu::combine("__reduce_" #name "_sync", mask, x, type(first), [](type a, uint32_t, type b) { return how; }, site); \
+#define EMU_REDUCE(type, name, first, how)                                                                             \
+    inline type __reduce_##name##_sync(unsigned mask, type x, emu::Site site = emu::Site::here()) {                    \
+        return emu::combine(                                                                                           \
+            "__reduce_" #name "_sync", mask, x, type(first), [](type a, uint32_t, type b) { return how; }, site);      \
     }
 EMU_REDUCE(unsigned, add, 0, a + b)
 EMU_REDUCE(unsigned, min, -1, a < b ? a : b)
@@ -167,7 +171,7 @@ EMU_REDUCE(int, max, std::numeric_limits<int>::min(), a > b ? a : b)
 // Atomics. Other threads may run before, so that the order of threads is seldom that of their numbers.
 
 namespace emu {
-template <class T, class F> T update(T *at, F change) {
+template <class T, class F> T update(T* at, F change) {
     maybe_yield();
     T old, next;
     __atomic_load(at, &old, __ATOMIC_SEQ_CST);
@@ -177,31 +181,47 @@ template <class T, class F> T update(T *at, F change) {
 }
 } // namespace emu
 
-template <class T> T atomicAdd(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return T(old + x); }); }
-template <class T> T atomicSub(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return T(old - x); }); }
-template <class T> T atomicMax(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return old > x ? old : x; }); }
-template <class T> T atomicMin(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return old < x ? old : x; }); }
-template <class T> T atomicAnd(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return old & x; }); }
-template <class T> T atomicOr(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return old | x; }); }
-template <class T> T atomicXor(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T old) { return old ^ x; }); }
-template <class T> T atomicExch(T *at, std::type_identity_t<T> x) { return emu::update(at, [=](T) { return x; }); }
-template <class T> T atomicCAS(T *at, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
+template <class T> T atomicAdd(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return T(old + x); });
+}
+template <class T> T atomicSub(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return T(old - x); });
+}
+template <class T> T atomicMax(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return old > x ? old : x; });
+}
+template <class T> T atomicMin(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return old < x ? old : x; });
+}
+template <class T> T atomicAnd(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return old & x; });
+}
+template <class T> T atomicOr(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return old | x; });
+}
+template <class T> T atomicXor(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T old) { return old ^ x; });
+}
+template <class T> T atomicExch(T* at, std::type_identity_t<T> x) {
+    return emu::update(at, [=](T) { return x; });
+}
+template <class T> T atomicCAS(T* at, std::type_identity_t<T> expected, std::type_identity_t<T> x) {
     return emu::update(at, [=](T old) { return old == expected ? x : old; });
 }
-inline unsigned atomicInc(unsigned *at, unsigned last) {
+inline unsigned atomicInc(unsigned* at, unsigned last) {
     return emu::update(at, [=](unsigned old) { return old >= last ? 0 : old + 1; });
 }
-inline unsigned atomicDec(unsigned *at, unsigned last) {
+inline unsigned atomicDec(unsigned* at, unsigned last) {
     return emu::update(at, [=](unsigned old) { return old == 0 || old > last ? last : old - 1; });
 }
 
 // Memory, bits, numbers
 
-template <class T> T __ldg(const T *at) { return *at; }
-template <class T> T __ldcg(const T *at) { return *at; }
-template <class T> T __ldcs(const T *at) { return *at; }
-template <class T> void __stcg(T *at, T x) { *at = x; }
-template <class T> void __stcs(T *at, T x) { *at = x; }
+template <class T> T __ldg(const T* at) { return *at; }
+template <class T> T __ldcg(const T* at) { return *at; }
+template <class T> T __ldcs(const T* at) { return *at; }
+template <class T> void __stcg(T* at, T x) { *at = x; }
+template <class T> void __stcs(T* at, T x) { *at = x; }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -228,7 +248,7 @@ inline float __logf(float x) { return logf(x); }
 inline float __log2f(float x) { return log2f(x); }
 inline float __sinf(float x) { return sinf(x); }
 inline float __cosf(float x) { return cosf(x); }
-inline void __sincosf(float x, float *s, float *c) { *s = sinf(x), *c = cosf(x); }
+inline void __sincosf(float x, float* s, float* c) { *s = sinf(x), *c = cosf(x); }
 inline float __powf(float x, float y) { return powf(x, y); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
@@ -241,12 +261,14 @@ inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __saturatef(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 
 // Of an int and an unsigned, CUDA makes unsigned numbers, as C does.
-template <class A, class B> constexpr auto min(A a, B b) -> std::enable_if_t<std::is_arithmetic_v<A>, std::common_type_t<A, B>> {
+template <class A, class B> constexpr auto min(A a, B b)
+    -> std::enable_if_t<std::is_arithmetic_v<A>, std::common_type_t<A, B>> {
     using T = std::common_type_t<A, B>;
     if constexpr (std::is_floating_point_v<T>) return fmin(T(a), T(b));
     else return T(a) < T(b) ? T(a) : T(b);
 }
-template <class A, class B> constexpr auto max(A a, B b) -> std::enable_if_t<std::is_arithmetic_v<A>, std::common_type_t<A, B>> {
+template <class A, class B> constexpr auto max(A a, B b)
+    -> std::enable_if_t<std::is_arithmetic_v<A>, std::common_type_t<A, B>> {
     using T = std::common_type_t<A, B>;
     if constexpr (std::is_floating_point_v<T>) return fmax(T(a), T(b));
     else return T(a) > T(b) ? T(a) : T(b);

@@ -1,8 +1,9 @@
 // CUDA threads as fibers.
 //
-// The threads of a block share one thread of the host, and change places where they meet: at barriers, at what lanes of a
-// warp do together, now and then at atomics. In between a thread runs undisturbed, so a missing barrier shows as one
-// thread far ahead of the others; who that is, is drawn anew at every meeting. Blocks are spread over a few host threads.
+// The threads of a block share one thread of the host, and change places where they meet: at barriers, at what lanes of
+// a warp do together, now and then at atomics. In between a thread runs undisturbed, so a missing barrier shows as one
+// thread far ahead of the others; who that is, is drawn anew at every meeting. Blocks are spread over a few host
+// threads.
 //
 // What a kernel must not do is found in four ways: by looking (barriers, masks, alignment), by memory full of NaN where
 // nothing was written, by pages that cannot be touched around buffers, stacks and shared memory, and by the checks that
@@ -28,6 +29,7 @@
 #include <mutex>
 #include <numeric>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -38,8 +40,8 @@
 
 namespace emu {
 
-__thread Thread *now;
-__thread Place *here;
+__thread Thread* now;
+__thread Place* here;
 
 namespace {
 
@@ -49,6 +51,9 @@ constexpr size_t REDZONE = 64;
 const size_t PAGE = sysconf(_SC_PAGESIZE);
 
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+bool untouched(const char* from, const char* to) {
+    return std::all_of(from, to, [](char c) { return c == char(POISON); });
+}
 
 // SplitMix64.
 struct Random {
@@ -67,16 +72,16 @@ class Pages {
   public:
     Pages() = default;
     explicit Pages(size_t size) : size_(round_up(size, PAGE)) {
-        void *all = mmap(nullptr, size_ + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        void* all = mmap(nullptr, size_ + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (all == MAP_FAILED) return;
-        at_ = (char *)all + PAGE;
+        at_ = (char*)all + PAGE;
         if (size_ && mprotect(at_, size_, PROT_READ | PROT_WRITE)) {
             munmap(all, size_ + 2 * PAGE);
             at_ = nullptr;
         }
     }
-    Pages(Pages &&other) : at_(std::exchange(other.at_, nullptr)), size_(other.size_) {}
-    Pages &operator=(Pages &&other) {
+    Pages(Pages&& other) : at_(std::exchange(other.at_, nullptr)), size_(other.size_) {}
+    Pages& operator=(Pages&& other) {
         std::swap(at_, other.at_), std::swap(size_, other.size_);
         return *this;
     }
@@ -84,29 +89,30 @@ class Pages {
         if (at_) munmap(at_ - PAGE, size_ + 2 * PAGE);
     }
     explicit operator bool() const { return at_; }
-    char *begin() const { return at_; }
-    char *end() const { return at_ + size_; }
-    bool guards(const char *address) const {
+    char* begin() const { return at_; }
+    char* end() const { return at_ + size_; }
+    bool guards(const char* address) const {
         return at_ && address >= at_ - PAGE && address < end() + PAGE && !(address >= at_ && address < end());
     }
 
   private:
-    char *at_ = nullptr;
+    char* at_ = nullptr;
     size_t size_ = 0;
 };
 
-// A place where execution can go on: on x86-64 a stack pointer, registers stand on the stack.
+// A place where execution can go on. On x86-64 a change takes some 10 ns; ucontext, elsewhere, asks the system each
+// time.
 #if defined(__x86_64__) && !defined(EMU_UCONTEXT)
 struct Context {
-    void *stack_pointer;
-    void start(char *stack_end, void (*entry)()) {
-        void **top = (void **)stack_end;
+    void* stack_pointer;
+    void start(char* stack_end, void (*entry)()) {
+        void** top = (void**)stack_end;
         *--top = nullptr; // where `entry` would return to
-        *--top = (void *)entry;
+        *--top = (void*)entry;
         stack_pointer = top - 6;
     }
 };
-extern "C" void emu_change(void **from, void *to);
+extern "C" void emu_change(void** from, void* to);
 asm(R"(
 .text
 .globl emu_change
@@ -130,11 +136,11 @@ emu_change:
     ret
 .size emu_change, .-emu_change
 )");
-void change(Context &from, const Context &to) { emu_change(&from.stack_pointer, to.stack_pointer); }
+void change(Context& from, const Context& to) { emu_change(&from.stack_pointer, to.stack_pointer); }
 #else
 struct Context {
     ucontext_t saved;
-    void start(char *stack_end, void (*entry)()) {
+    void start(char* stack_end, void (*entry)()) {
         getcontext(&saved);
         saved.uc_stack.ss_sp = stack_end - STACK / 2;
         saved.uc_stack.ss_size = STACK / 2;
@@ -142,12 +148,12 @@ struct Context {
         makecontext(&saved, entry, 0);
     }
 };
-void change(Context &from, const Context &to) { swapcontext(&from.saved, &to.saved); }
+void change(Context& from, const Context& to) { swapcontext(&from.saved, &to.saved); }
 #endif
 
 struct Copy {
-    void *to;
-    const void *from; // null: zeros
+    void* to;
+    const void* from; // null: zeros
     uint32_t group;
 };
 
@@ -157,11 +163,11 @@ struct Fiber : Thread {
     std::vector<Copy> copies;
     uint32_t groups; // closed so far
     // While it waits:
-    const char *what;
+    const char* what;
     Site site;
     uint32_t mask;
     Finish finish;
-    void *mine;
+    void* mine;
 };
 
 struct Warp {
@@ -170,14 +176,14 @@ struct Warp {
     uint32_t waiting; // in collective()
     // Lanes take turns in the order (a * i + b) % 32, with an odd a.
     uint32_t a, b, i;
-    void *mine[32];
+    void* mine[32];
 };
 
 struct Launch {
-    const Kernel *kernel;
+    const Kernel* kernel;
     Place place;
     uint32_t threads, shared;
-    const void *args;
+    const void* args;
     uint64_t seed;
     uint64_t blocks;
     uint64_t stride, offset; // which block comes next
@@ -188,26 +194,26 @@ struct Launch {
 };
 
 struct StaticShared {
-    const void *key;
-    char *at;
+    const void* key;
+    char* at;
     size_t size;
     Site site;
 };
 
 // What a host thread needs to run blocks; kept from launch to launch for its memory.
 struct Worker {
-    Launch *launch;
+    Launch* launch;
     Place place;
     std::vector<std::unique_ptr<Fiber>> fibers;
     Warp warps[32];
     uint32_t warp_order[32], warp_count, warp; // warp: whose lanes run
-    Fiber *current;
+    Fiber* current;
     Context main;
     Random random;
     uint32_t alive;
 
     uint32_t arrived, yes; // at the barrier
-    Fiber *first_arrived;
+    Fiber* first_arrived;
     Votes votes; // of the last barrier
 
     Pages static_memory{MAX_STATIC * 2}, dynamic_memory{MAX_DYNAMIC}, signal_stack{64 * 1024};
@@ -220,65 +226,64 @@ struct Worker {
 
     void run(uint64_t index);
     void start(uint64_t index);
-    Fiber *pick();
-    void go(Fiber *to);
+    Fiber* pick();
+    void go(Fiber* to);
     void go_on();
     void shuffle_warps();
-    void shuffle_lanes(Warp &warp);
+    void shuffle_lanes(Warp& warp);
     void release_barrier();
     std::string waiting() const;
-    void report(const std::string &text);
+    void report(const std::string& text);
     std::string describe_fault() const;
-    bool in_shared(const char *p, size_t size) const {
-        return (p >= dynamic_begin && p + size <= dynamic_end) || (p >= static_memory.begin() && p + size <= static_end);
+    bool in_shared(const char* p, size_t size) const {
+        return (p >= dynamic_begin && p + size <= dynamic_end) ||
+               (p >= static_memory.begin() && p + size <= static_end);
     }
 };
 
-thread_local Worker *worker;
+thread_local Worker* worker;
 
-std::string text(const char *format, ...) __attribute__((format(printf, 1, 2)));
-std::string format_list(const char *format, va_list list) {
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string format_list(const char* format, va_list list) {
     char room[1024];
     vsnprintf(room, sizeof room, format, list);
     return room;
 }
-std::string text(const char *format, ...) {
+std::string text(const char* format, ...) {
     va_list list;
     va_start(list, format);
     std::string s = format_list(format, list);
     va_end(list);
     return s;
 }
-std::string text(const Site &site) { return text("%s:%d", site.file, site.line); }
-std::string text(const uint3 &at) { return text("(%u, %u, %u)", at.x, at.y, at.z); }
+std::string text(const Site& site) { return text("%s:%d", site.file, site.line); }
+std::string text(const uint3& at) { return text("(%u, %u, %u)", at.x, at.y, at.z); }
 
 // Device memory
 
 struct Buffer {
     Pages pages;
-    char *at;
+    char* at;
     size_t size;
-    bool untouched_behind() const {
-        return std::all_of(at + size, pages.end(), [](char c) { return c == char(POISON); });
-    }
 };
 std::mutex buffers_lock;
-std::map<char *, Buffer> buffers; // by address
+std::map<char*, Buffer> buffers; // by address
 
 // "12 bytes behind a buffer of 4096", where such a buffer is near.
-std::string near_buffer(const char *address) {
+std::string near_buffer(const char* address) {
     std::lock_guard guard(buffers_lock);
-    for (const auto &[at, buffer] : buffers) {
+    for (const auto& [at, buffer] : buffers) {
         if (!buffer.pages.guards(address)) continue;
-        return address < at ? text("%td bytes before a buffer of %zu", at - address, buffer.size)
-                            : text("%td bytes behind the end of a buffer of %zu", address - at - buffer.size, buffer.size);
+        return address < at
+                   ? text("%td bytes before a buffer of %zu", at - address, buffer.size)
+                   : text("%td bytes behind the end of a buffer of %zu", address - at - buffer.size, buffer.size);
     }
     return {};
 }
 
 // Turns
 
-void Worker::shuffle_lanes(Warp &w) {
+void Worker::shuffle_lanes(Warp& w) {
     const uint32_t r = random.next();
     w.a = r | 1, w.b = r >> 8, w.i = 0;
 }
@@ -289,13 +294,14 @@ void Worker::shuffle_warps() {
 }
 
 // The next thread to run; null when none can.
-Fiber *Worker::pick() {
+Fiber* Worker::pick() {
     if (!warps[warp].ready) {
-        const uint32_t *next = std::find_if(warp_order, warp_order + warp_count, [&](uint32_t w) { return warps[w].ready; });
+        const uint32_t* next =
+            std::find_if(warp_order, warp_order + warp_count, [&](uint32_t w) { return warps[w].ready; });
         if (next == warp_order + warp_count) return nullptr;
         warp = *next;
     }
-    Warp &w = warps[warp];
+    Warp& w = warps[warp];
     for (;;) {
         const uint32_t lane = (w.a * w.i++ + w.b) % 32;
         if (!(w.ready >> lane & 1)) continue;
@@ -304,8 +310,8 @@ Fiber *Worker::pick() {
     }
 }
 
-void Worker::go(Fiber *to) {
-    Fiber *from = current;
+void Worker::go(Fiber* to) {
+    Fiber* from = current;
     if (from == to) return;
     now = current = to;
     change(from->context, to->context);
@@ -313,7 +319,7 @@ void Worker::go(Fiber *to) {
 
 // Gives the turn to another thread; returns when the calling one has it again.
 void Worker::go_on() {
-    Fiber *next = pick();
+    Fiber* next = pick();
     if (!next) fail("deadlock: %s", waiting().c_str());
     go(next);
 }
@@ -321,10 +327,10 @@ void Worker::go_on() {
 // Who waits where, for a block in which nobody can run.
 std::string Worker::waiting() const {
     std::string all;
-    std::map<std::string, std::vector<const Fiber *>> groups;
+    std::map<std::string, std::vector<const Fiber*>> groups;
     for (uint32_t i = 0; i < launch->threads; i++) {
-        const Fiber &fiber = *fibers[i];
-        const Warp &w = warps[i / 32];
+        const Fiber& fiber = *fibers[i];
+        const Warp& w = warps[i / 32];
         if (w.exited >> fiber.lane & 1) continue;
         std::string what = text("%s at %s", fiber.what, text(fiber.site).c_str());
         if (w.waiting >> fiber.lane & 1) {
@@ -334,7 +340,7 @@ std::string Worker::waiting() const {
         }
         groups[what].push_back(&fiber);
     }
-    for (const auto &[what, who] : groups) {
+    for (const auto& [what, who] : groups) {
         if (!all.empty()) all += "; ";
         if (all.size() > 600) return all + "...";
         const std::string first = text(who[0]->thread);
@@ -356,7 +362,7 @@ void Worker::release_barrier() {
 }
 
 [[noreturn]] void thread_main() {
-    Worker &w = *worker;
+    Worker& w = *worker;
     w.launch->kernel->run(w.launch->args);
     w.warps[w.current->thread.x / 32].exited |= 1u << w.current->lane;
     w.alive--;
@@ -369,11 +375,12 @@ void Worker::release_barrier() {
 // A block
 
 void Worker::start(uint64_t index) {
-    const Launch &l = *launch;
+    const Launch& l = *launch;
     place = l.place;
-    const uint3 &grid = place.grid_dim;
+    const uint3& grid = place.grid_dim;
     place.block = {uint32_t(index % grid.x), uint32_t(index / grid.x % grid.y), uint32_t(index / grid.x / grid.y)};
     random = {l.seed ^ index * 0xd1342543de82ef95};
+    if (!static_memory || !dynamic_memory || !signal_stack) return report("no memory for what is shared");
     while (fibers.size() < l.threads) {
         auto fiber = std::make_unique<Fiber>();
         fiber->stack = Pages(STACK);
@@ -390,7 +397,7 @@ void Worker::start(uint64_t index) {
     }
     shuffle_warps();
     for (uint32_t i = 0; i < l.threads; i++) {
-        Fiber &fiber = *fibers[i];
+        Fiber& fiber = *fibers[i];
         fiber.thread = {i, 0, 0};
         fiber.lane = i % 32;
         fiber.copies.clear();
@@ -413,6 +420,7 @@ void Worker::run(uint64_t index) {
     start(index);
     if (launch->failed) return;
     here = &place;
+    // Here a thread comes out that must not go on.
     if (!sigsetjmp(escape, 0)) {
         running = true;
         now = current = pick();
@@ -423,17 +431,15 @@ void Worker::run(uint64_t index) {
     running = false;
     now = nullptr;
     if (launch->failed) return;
-    const auto untouched = [](const char *from, const char *to) {
-        return std::all_of(from, to, [](char c) { return c == char(POISON); });
-    };
-    for (const StaticShared &s : statics) {
+    for (const StaticShared& s : statics) {
         if (!untouched(s.at + s.size, s.at + s.size + REDZONE))
             return report(text("wrote behind the shared variables of %s", text(s.site).c_str()));
     }
-    if (!untouched(dynamic_end, dynamic_memory.end())) report(text("wrote behind its %u bytes of dynamic shared memory", launch->shared));
+    if (!untouched(dynamic_end, dynamic_memory.end()))
+        report(text("wrote behind its %u bytes of dynamic shared memory", launch->shared));
 }
 
-void Worker::report(const std::string &what) {
+void Worker::report(const std::string& what) {
     std::lock_guard guard(launch->lock);
     if (launch->failed.exchange(true)) return;
     launch->error = text("kernel %s, block %s", launch->kernel->name, text(place.block).c_str());
@@ -445,12 +451,12 @@ void Worker::report(const std::string &what) {
 
 struct sigaction old_actions[64];
 
-void on_signal(int signal, siginfo_t *info, void *context) {
+void on_signal(int signal, siginfo_t* info, void* context) {
     if (worker && worker->running) {
         worker->fault = *info;
         siglongjmp(worker->escape, 1);
     }
-    const struct sigaction &old = old_actions[signal];
+    const struct sigaction& old = old_actions[signal];
     if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(signal, info, context);
     if (old.sa_handler != SIG_DFL && old.sa_handler != SIG_IGN) return old.sa_handler(signal);
     sigaction(signal, &old, nullptr); // it comes again
@@ -469,10 +475,11 @@ void catch_signals() {
 std::string Worker::describe_fault() const {
     if (fault.si_signo == SIGFPE) return "a division by zero";
     if (fault.si_code == SI_KERNEL) return "touched memory at an address that is misaligned or no address at all";
-    const char *address = (const char *)fault.si_addr;
-    std::string all = text("touched memory that is not there, at %p", (const void *)address);
+    const char* address = (const char*)fault.si_addr;
+    std::string all = text("touched memory that is not there, at %p", (const void*)address);
     if (dynamic_memory.guards(address))
-        all += text(": %td bytes behind the begin of the %u of dynamic shared memory", address - dynamic_begin, launch->shared);
+        all += text(": %td bytes behind the begin of the %u of dynamic shared memory", address - dynamic_begin,
+                    launch->shared);
     if (static_memory.guards(address)) all += ": outside of the static shared memory";
     for (uint32_t i = 0; i < launch->threads; i++)
         if (fibers[i]->stack.guards(address)) all += text(": outside of the %zu bytes of a thread's stack", STACK);
@@ -494,14 +501,14 @@ std::unique_ptr<Worker> take_worker() {
 }
 
 // Runs blocks of the launch until none is left.
-void work(Launch &launch) {
+void work(Launch& launch) {
     auto mine = take_worker();
     mine->launch = &launch;
     stack_t stack = {}, old;
     stack.ss_sp = mine->signal_stack.begin();
     stack.ss_size = mine->signal_stack.end() - mine->signal_stack.begin();
     sigaltstack(&stack, &old);
-    Worker *outer = worker;
+    Worker* outer = worker;
     for (uint64_t i; !launch.failed && (i = launch.started++) < launch.blocks;)
         mine->run((i * launch.stride + launch.offset) % launch.blocks);
     worker = outer;
@@ -512,19 +519,19 @@ void work(Launch &launch) {
 
 std::atomic<uint64_t> seed{1}, launches{0};
 
-std::vector<Kernel> &kernels() {
+std::vector<Kernel>& kernels() {
     static std::vector<Kernel> all;
     return all;
 }
 
 } // namespace
 
-bool add_kernel(const Kernel &kernel) {
+bool add_kernel(const Kernel& kernel) {
     kernels().push_back(kernel);
     return true;
 }
 
-void fail(const char *format, ...) {
+void fail(const char* format, ...) {
     va_list list;
     va_start(list, format);
     worker->report(format_list(format, list));
@@ -534,13 +541,14 @@ void fail(const char *format, ...) {
 }
 
 Votes barrier(bool vote, Site site) {
-    Worker &w = *worker;
-    Fiber &me = *w.current;
+    Worker& w = *worker;
+    Fiber& me = *w.current;
     me.what = "__syncthreads";
     me.site = site;
     if (!w.arrived) {
         w.first_arrived = &me;
-    } else if (const Fiber &first = *w.first_arrived; first.site.line != site.line || strcmp(first.site.file, site.file)) {
+    } else if (const Fiber& first = *w.first_arrived;
+               first.site.line != site.line || strcmp(first.site.file, site.file)) {
         fail("divergent barrier: it came to %s while thread %s waits at %s", text(site).c_str(),
              text(first.thread).c_str(), text(first.site).c_str());
     }
@@ -551,11 +559,11 @@ Votes barrier(bool vote, Site site) {
     return w.votes;
 }
 
-void collective(const char *what, uint32_t mask, void *mine, Finish finish, Site site) {
-    Worker &w = *worker;
-    Fiber &me = *w.current;
+void collective(const char* what, uint32_t mask, void* mine, Finish finish, Site site) {
+    Worker& w = *worker;
+    Fiber& me = *w.current;
     const uint32_t index = me.thread.x / 32;
-    Warp &warp = w.warps[index];
+    Warp& warp = w.warps[index];
     if (!(mask >> me.lane & 1)) fail("%s at %s: the mask %08x lacks the calling lane", what, text(site).c_str(), mask);
     me.what = what;
     me.site = site;
@@ -565,10 +573,10 @@ void collective(const char *what, uint32_t mask, void *mine, Finish finish, Site
     warp.waiting |= 1u << me.lane;
     if ((warp.waiting & mask) == mask) {
         for (uint32_t left = mask; left; left &= left - 1) {
-            const Fiber &other = *w.fibers[32 * index + __builtin_ctz(left)];
+            const Fiber& other = *w.fibers[32 * index + __builtin_ctz(left)];
             if (other.mask != mask || other.finish != finish)
-                fail("%s at %s with mask %08x, but lane %u waits in %s at %s with mask %08x", what, text(site).c_str(), mask,
-                     other.lane, other.what, text(other.site).c_str(), other.mask);
+                fail("%s at %s with mask %08x, but lane %u waits in %s at %s with mask %08x", what, text(site).c_str(),
+                     mask, other.lane, other.what, text(other.site).c_str(), other.mask);
         }
         finish(warp.mine, mask);
         warp.waiting &= ~mask;
@@ -580,20 +588,20 @@ void collective(const char *what, uint32_t mask, void *mine, Finish finish, Site
 }
 
 void maybe_yield() {
-    Worker &w = *worker;
+    Worker& w = *worker;
     if (w.random.below(4)) return;
     w.warps[w.current->thread.x / 32].ready |= 1u << w.current->lane;
     if (w.warp_count > 1 && w.random.below(4) == 0) w.shuffle_warps();
     w.go_on();
 }
 
-void *dynamic_shared() { return worker->dynamic_begin; }
+void* dynamic_shared() { return worker->dynamic_begin; }
 
-void *static_shared(const void *key, size_t size, size_t align, Site site) {
-    Worker &w = *worker;
-    for (const StaticShared &s : w.statics)
+void* static_shared(const void* key, size_t size, size_t align, Site site) {
+    Worker& w = *worker;
+    for (const StaticShared& s : w.statics)
         if (s.key == key) return s.at;
-    char *at = (char *)round_up((size_t)w.static_end, std::max<size_t>(align, 16));
+    char* at = (char*)round_up((size_t)w.static_end, std::max<size_t>(align, 16));
     if (at + size + REDZONE > w.static_memory.end()) fail("more than %zu bytes of static shared memory", MAX_STATIC);
     w.static_end = at + size + REDZONE;
     memset(at, POISON, size + REDZONE);
@@ -601,17 +609,17 @@ void *static_shared(const void *key, size_t size, size_t align, Site site) {
     return at;
 }
 
-void check16(const char *what, const void *address, bool shared) {
+void check16(const char* what, const void* address, bool shared) {
     if ((size_t)address % 16) fail("%s: %p is no multiple of 16", what, address);
-    if (shared && !worker->in_shared((const char *)address, 16)) fail("%s: %p is not in shared memory", what, address);
+    if (shared && !worker->in_shared((const char*)address, 16)) fail("%s: %p is not in shared memory", what, address);
 }
 
-void copy_async(void *to, const void *from) {
-    Fiber &me = *worker->current;
+void copy_async(void* to, const void* from) {
+    Fiber& me = *worker->current;
     check16("copy_async", to, true);
     if (from) {
         check16("copy_async", from, false);
-        (void)*(const volatile char *)from; // a bad address is reported here, not by copy_wait
+        (void)*(const volatile char*)from; // a bad address is reported here, not by copy_wait
     }
     memset(to, POISON, 16);
     me.copies.push_back({to, from, me.groups});
@@ -620,7 +628,7 @@ void copy_async(void *to, const void *from) {
 void copy_commit() { worker->current->groups++; }
 
 void copy_wait(uint32_t groups_left) {
-    Fiber &me = *worker->current;
+    Fiber& me = *worker->current;
     auto copy = me.copies.begin();
     for (; copy != me.copies.end() && copy->group + groups_left < me.groups; copy++) {
         if (copy->from) memcpy(copy->to, copy->from, 16);
@@ -635,30 +643,33 @@ using namespace emu;
 
 extern "C" {
 
-const void *emu_kernel(const char *name) {
-    for (const Kernel &kernel : kernels())
+const void* emu_kernel(const char* name) {
+    for (const Kernel& kernel : kernels())
         if (!strcmp(kernel.name, name)) return &kernel;
     return nullptr;
 }
 
 void emu_seed(uint64_t to) { seed = to, launches = 0; }
 
-int emu_launch(const void *handle, const uint32_t grid[3], uint32_t threads, uint32_t shared, const void *args,
-               size_t args_size, char *error, size_t error_room) {
-    const auto answer = [&](const std::string &what) {
+int emu_launch(const void* handle, const uint32_t grid[3], uint32_t threads, uint32_t shared, const void* args,
+               size_t args_size, char* error, size_t error_room) {
+    const auto answer = [&](const std::string& what) {
         if (error_room) snprintf(error, error_room, "%s", what.c_str());
         return what.empty() ? 0 : 1;
     };
     if (!handle) return answer("no such kernel");
-    const Kernel &kernel = *(const Kernel *)handle;
-    const auto refuse = [&](const std::string &what) { return answer(text("kernel %s: ", kernel.name) + what); };
-    if (args_size != kernel.args_size) return refuse(text("%zu bytes of arguments, it takes %zu", args_size, kernel.args_size));
+    const Kernel& kernel = *(const Kernel*)handle;
+    const auto refuse = [&](const std::string& what) { return answer(text("kernel %s: ", kernel.name) + what); };
+    if (args_size != kernel.args_size)
+        return refuse(text("%zu bytes of arguments, it takes %zu", args_size, kernel.args_size));
     if (!threads || threads > std::min<size_t>(kernel.threads, MAX_THREADS))
         return refuse(text("%u threads a block, it takes up to %u", threads, kernel.threads));
-    if (shared > MAX_DYNAMIC) return refuse(text("%u bytes of dynamic shared memory, there are %zu", shared, MAX_DYNAMIC));
+    if (shared > MAX_DYNAMIC)
+        return refuse(text("%u bytes of dynamic shared memory, there are %zu", shared, MAX_DYNAMIC));
     if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 0x7fffffff || grid[1] > 65535 || grid[2] > 65535)
         return refuse(text("a grid of %u x %u x %u blocks", grid[0], grid[1], grid[2]));
-    if (std::count_if(kernels().begin(), kernels().end(), [&](const Kernel &k) { return !strcmp(k.name, kernel.name); }) > 1)
+    if (std::count_if(kernels().begin(), kernels().end(),
+                      [&](const Kernel& k) { return !strcmp(k.name, kernel.name); }) > 1)
         return refuse("there are several kernels of this name");
 
     catch_signals();
@@ -680,47 +691,52 @@ int emu_launch(const void *handle, const uint32_t grid[3], uint32_t threads, uin
 
     const uint64_t workers = std::min<uint64_t>(launch.blocks, std::clamp(std::thread::hardware_concurrency(), 1u, 4u));
     std::vector<std::thread> helpers;
-    for (uint64_t i = 1; i < workers; i++) helpers.emplace_back([&] { work(launch); });
+    try {
+        for (uint64_t i = 1; i < workers; i++) helpers.emplace_back([&] { work(launch); });
+    } catch (const std::system_error&) {
+        // The machine allows no more threads: fewer do.
+    }
     work(launch);
-    for (std::thread &helper : helpers) helper.join();
+    for (std::thread& helper : helpers) helper.join();
     if (launch.failed) return answer(launch.error);
 
     std::lock_guard guard(buffers_lock);
-    for (const auto &[at, buffer] : buffers)
-        if (!buffer.untouched_behind()) return refuse(text("wrote behind the end of a buffer of %zu bytes", buffer.size));
+    for (const auto& [at, buffer] : buffers)
+        if (!untouched(at + buffer.size, buffer.pages.end()))
+            return refuse(text("wrote behind the end of a buffer of %zu bytes", buffer.size));
     return answer("");
 }
 
-void *emu_alloc(size_t size) {
+void* emu_alloc(size_t size) {
     const size_t rounded = round_up(size, 256);
     Buffer buffer{Pages(rounded), nullptr, size};
     if (rounded < size || !buffer.pages) return nullptr;
     buffer.at = buffer.pages.end() - rounded;
     memset(buffer.pages.begin(), POISON, buffer.pages.end() - buffer.pages.begin());
-    char *at = buffer.at;
+    char* at = buffer.at;
     std::lock_guard guard(buffers_lock);
     buffers.emplace(at, std::move(buffer));
     return at;
 }
 
-void emu_free(void *at) {
+void emu_free(void* at) {
     std::lock_guard guard(buffers_lock);
-    buffers.erase((char *)at);
+    buffers.erase((char*)at);
 }
 
 // What code compiled with -fsanitize calls; the place in the source comes first in its data.
 
-void __ubsan_handle_type_mismatch_v1(void *at, void *address) {
-    fail("%s: %p is null or misaligned", text(*(const Site *)at).c_str(), address);
+void __ubsan_handle_type_mismatch_v1(void* at, void* address) {
+    fail("%s: %p is null or misaligned", text(*(const Site*)at).c_str(), address);
 }
-void __ubsan_handle_out_of_bounds(void *at, void *index) {
-    fail("%s: the array has no element %td", text(*(const Site *)at).c_str(), (ptrdiff_t)index);
+void __ubsan_handle_out_of_bounds(void* at, void* index) {
+    fail("%s: the array has no element %td", text(*(const Site*)at).c_str(), (ptrdiff_t)index);
 }
-void __ubsan_handle_shift_out_of_bounds(void *at, void *, void *by) {
-    fail("%s: a shift by %td", text(*(const Site *)at).c_str(), (ptrdiff_t)by);
+void __ubsan_handle_shift_out_of_bounds(void* at, void*, void* by) {
+    fail("%s: a shift by %td", text(*(const Site*)at).c_str(), (ptrdiff_t)by);
 }
-void __ubsan_handle_divrem_overflow(void *at, void *, void *) {
-    fail("%s: a division by zero", text(*(const Site *)at).c_str());
+void __ubsan_handle_divrem_overflow(void* at, void*, void*) {
+    fail("%s: a division by zero", text(*(const Site*)at).c_str());
 }
 
 } // extern "C"

@@ -81,12 +81,14 @@ pub struct RowSet {
     pub bound: usize,
     /// `[1]`, or None when n is `bound`.
     pub count: Option<Ints>,
+    /// Where the host knows that the rows are `run`, `run + 1`, …: products then need no gathering and scattering.
+    pub run: Option<usize>,
 }
 
 impl RowSet {
     /// All of `index`.
     pub fn exact(index: Ints) -> RowSet {
-        RowSet { index, bound: index.len, count: None }
+        RowSet { index, bound: index.len, count: None, run: None }
     }
 }
 
@@ -113,6 +115,18 @@ impl KvLayout {
     pub fn page_bytes(&self) -> usize {
         PAGE * (2 * self.kv_heads * self.head_dim * self.dtype.size() + 4)
     }
+}
+
+/// The largest steps of a run: what a backend needs room for beside the buffers of the plan.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Largest {
+    /// Rows of a step, and rows that pass an op together.
+    pub rows: usize,
+    pub chunk: usize,
+    pub hidden: usize,
+    pub intermediate: usize,
+    /// Query heads.
+    pub heads: usize,
 }
 
 /// What a backend runs on.
@@ -183,9 +197,15 @@ pub trait Backend: Ops + Send {
     /// Takes a weight over. The CPU reads it in place; a GPU copies it.
     fn upload(&mut self, tensor: &Tensor) -> Result<Weight>;
 
-    /// Allocates the arenas (bytes of activations, u32 elements) and the KV pool. Called once.
+    /// Bytes that the ops need beside their buffers, for steps up to the largest.
+    fn workspace(&self, largest: &Largest, kv: &KvLayout) -> usize {
+        let _ = (largest, kv);
+        0
+    }
+
+    /// Allocates the arenas (bytes of activations, u32 elements), the workspace and the KV pool. Called once.
     /// Errors: Memory when they cannot be had.
-    fn reserve(&mut self, arena_bytes: usize, ints: usize, kv: &KvLayout) -> Result<()>;
+    fn reserve(&mut self, arena_bytes: usize, ints: usize, workspace: usize, kv: &KvLayout) -> Result<()>;
 
     /// Copies host values into the integer arena; `values` fill `to` from its start.
     fn write_ints(&mut self, to: Ints, values: &[u32]) -> Result<()>;

@@ -41,6 +41,11 @@ macro_rules! ops {
                 match self { $(Op::$args(_) => OpKind::$args),+ }
             }
 
+            /// What it takes when it does `work`.
+            pub fn cost(&self, work: Work) -> Cost {
+                match self { $(Op::$args(args) => args.cost(work)),+ }
+            }
+
             pub fn run(&self, ops: &mut (impl Ops + ?Sized)) -> Result<()> {
                 match self { $(Op::$args(args) => ops.$method(args)),+ }
             }
@@ -432,6 +437,8 @@ pub struct Attend {
     pub out: Mat,
     /// Heads that share their K/V among q.cols / head_dim / kv_heads query heads.
     pub kv_heads: usize,
+    /// Each row is the only one of its sequence, as in decode: no two share K/V.
+    pub single: bool,
 }
 
 impl Attend {

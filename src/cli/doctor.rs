@@ -20,7 +20,7 @@ pub struct Doctor {
 /// One line of the table.
 struct Row {
     name: String,
-    /// "ok", "slow", "missing" or "too old".
+    /// "ok", "slow", "missing", "unusable" or "too old".
     state: &'static str,
     text: String,
 }
@@ -119,6 +119,7 @@ mod cuda {
                 "memory_total": device.memory, "memory_free": device.free_memory,
             })).collect::<Vec<_>>(),
             "cublaslt": cublaslt.as_ref().ok(),
+            "error": found.as_ref().err().or(cublaslt.as_ref().err()).map(Error::to_string),
         });
         let driver = found.as_ref().map_err(Error::clone).map(|found| {
             let version = found.driver.as_ref().map_or(String::new(), |version| format!("{version}, "));
@@ -141,6 +142,10 @@ mod cuda {
     fn row(name: &str, found: Result<String>) -> Row {
         match found {
             Ok(text) => Row::new(name, "ok", text),
+            // A driver that the kernel has is there, and something else is wrong.
+            Err(error) if name == "driver" && driver::kernel_module().is_some() => {
+                Row::new(name, "unusable", error.to_string())
+            }
             Err(error) => Row::new(name, "missing", error.to_string()),
         }
     }
@@ -148,12 +153,16 @@ mod cuda {
     fn gpu(i: usize, device: &Description) -> Row {
         let (major, minor) = device.compute_capability;
         let free = match device.free_memory {
-            0 => "free memory not known, see nvidia-smi".into(),
-            n => format!("{} free", Size(n)),
+            0 => ", in use: see nvidia-smi".into(), // no context could be had
+            n => format!(", {} free", Size(n)),
         };
-        let text = format!("{}, compute capability {major}.{minor}, {free} of {}", device.name, Size(device.memory));
+        let text = format!("{}, compute capability {major}.{minor}, {}{free}", device.name, Size(device.memory));
         if (major, minor) < driver::OLDEST_GPU {
             return Row::new(format!("gpu {i}"), "too old", format!("{text}; the kernels need 8.0, use the CPU"));
+        }
+        if driver::nvcc().is_some() && !driver::covers(ARCHITECTURES, device.compute_capability) {
+            let action = "this program has no kernels for it; build again with it in MINDSKIP_CUDA_ARCH";
+            return Row::new(format!("gpu {i}"), "missing", format!("{text}; {action}"));
         }
         Row::new(format!("gpu {i}"), "ok", text)
     }

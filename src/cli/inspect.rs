@@ -161,11 +161,7 @@ fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routing: Option<&Routing>,
         writeln!(out, "  {:<13} {:>9}  {name}{what}", "", Size(bytes).to_string())
     };
     line("weights", plan.weights, ", in place in the mapped file".into())?;
-    line(
-        "activations",
-        plan.arena + plan.ints,
-        format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk),
-    )?;
+    line("activations", plan.activations(), format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk))?;
     line("K/V", plan.kv_bytes(), format!(", {} pages of {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64)))?;
     if let Some(routing) = routing.filter(|r| !r.settings.keeps_kv()) {
         let (layers, routed) = (plan.kv.layers as f64, routing.layers.len() as f64);
@@ -226,7 +222,7 @@ fn model_json(bundle: &Bundle, routing: Option<&Routing>, plan: &Result<MemoryPl
 fn plan_json(plan: &MemoryPlan) -> Value {
     json!({
         "batch": plan.limits.batch, "context": plan.limits.context,
-        "weights": plan.weights, "activations": plan.arena + plan.ints, "kv": plan.kv_bytes(), "total": plan.total(),
+        "weights": plan.weights, "activations": plan.activations(), "kv": plan.kv_bytes(), "total": plan.total(),
         "free": plan.available,
         "kv_pages": plan.kv.pages, "kv_page_bytes": plan.kv.page_bytes(),
         "buffers": plan.buffers.list().into_iter().map(|(n, b)| (n.to_owned(), b.into())).collect::<Map<_, _>>(),

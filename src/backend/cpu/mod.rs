@@ -164,7 +164,7 @@ impl Backend for CpuBackend {
         Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype })
     }
 
-    fn reserve(&mut self, arena_bytes: usize, ints: usize, kv: &KvLayout) -> Result<()> {
+    fn reserve(&mut self, arena_bytes: usize, ints: usize, _workspace: usize, kv: &KvLayout) -> Result<()> {
         self.arena = zeroed(arena_bytes)?;
         self.ints = vec![0; ints];
         self.kv = Some(KvPool::new(*kv)?);

@@ -1,9 +1,33 @@
-//! The CUDA backend.
+//! The CUDA backend: the ops as launches of our kernels, and of cuBLASLt's products where there are many rows.
+//!
+//! What the host writes is gathered and sent with the next launch. What it does not know, the number of active rows in
+//! decode, stays on the device: kernels read it there, and add up what they did ([`work`]). A decode step is recorded once
+//! for each number of sequences and then sent as a whole.
 
 pub mod device;
 #[cfg(feature = "cuda")]
 #[allow(unsafe_code)]
 pub mod driver;
+#[cfg(feature = "emulate")]
+#[allow(unsafe_code)]
+pub mod emulated;
+#[allow(missing_docs, clippy::all)]
+mod kernels;
+#[allow(unsafe_code)]
+mod ops;
+mod work;
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use half::{bf16, f16};
+
+use super::*;
+use crate::error::{Error, Kind, ensure};
+use crate::tensor::{DType, Tensor};
+use device::{Address, Counters, Device, Graph};
+use ops::Functions;
+use work::Accounts;
 
 /// What build.rs has made of cuda/: MODULES, ARCHITECTURES and NVCC.
 #[cfg(mindskip_cuda)]
@@ -17,3 +41,280 @@ mod built {
     pub const NVCC: &str = "";
 }
 pub use built::*;
+
+/// Elements of the buffer that takes what the host writes.
+const STAGED: usize = 1 << 16;
+
+/// Runs the ops on a GPU, or on the emulator.
+pub struct CudaBackend {
+    device: Box<dyn Device>,
+    info: DeviceInfo,
+    functions: Functions,
+    weights: Vec<Stored>,
+    arena: Region,
+    ints: Region,
+    workspace: Region,
+    /// `[slots, kv_heads]`, zero between launches: see `AttendArgs::tickets`.
+    tickets: Region,
+    kv: Option<Pool>,
+    accounts: Accounts,
+    /// What the host has written and not sent: runs of [offset, length, values...], and where each begins.
+    runs: Vec<u32>,
+    starts: Vec<u32>,
+    staged: Address,
+    graphs: HashMap<StepKey, Recorded>,
+    recording: bool,
+}
+
+/// A recorded step, and what the host knows of its work.
+struct Recorded {
+    graph: Graph,
+    meter: Meter,
+}
+
+/// A piece of the device's memory.
+#[derive(Debug, Clone, Copy)]
+struct Region {
+    start: Address,
+    bytes: usize,
+}
+
+impl Region {
+    const NONE: Region = Region { start: Address(0), bytes: 0 };
+}
+
+/// A weight on the device: matrices in the type of the activations, vectors in f32, and what is a row may be either.
+struct Stored {
+    matrix: Address,
+    vector: Address,
+}
+
+/// The KV cache. Page tables and lengths stand in the integer arena, behind what the plan has placed there.
+struct Pool {
+    layout: KvLayout,
+    data: Address,
+    positions: Address,
+    /// Elements from the start of the integer arena: `[layers, slots, pages_per_seq]`, `[layers, slots]`.
+    tables: usize,
+    lens: usize,
+}
+
+impl CudaBackend {
+    /// On a device, with activations and K/V in `dtype`, which should be that of the model's matrices: others are
+    /// converted when they are uploaded.
+    pub fn new(mut device: Box<dyn Device>, dtype: DType) -> Result<Self> {
+        let functions = Functions::find(device.as_mut(), dtype)?;
+        let accounts = Accounts::new(device.as_mut())?;
+        let staged = device.allocate(4 * STAGED)?;
+        let described = device.description();
+        let (major, minor) = described.compute_capability;
+        let info = DeviceInfo {
+            name: format!("{} (compute capability {major}.{minor}), {dtype}", described.name),
+            free_memory: Some(described.free_memory.saturating_sub((Accounts::bytes() + 4 * STAGED) as u64)),
+            activations: dtype,
+            kv: dtype,
+        };
+        Ok(CudaBackend {
+            device,
+            info,
+            functions,
+            weights: Vec::new(),
+            arena: Region::NONE,
+            ints: Region::NONE,
+            workspace: Region::NONE,
+            tickets: Region::NONE,
+            kv: None,
+            accounts,
+            runs: Vec::new(),
+            starts: Vec::new(),
+            staged,
+            graphs: HashMap::new(),
+            recording: false,
+        })
+    }
+
+    /// What the device was asked for so far.
+    pub fn counters(&self) -> &Counters {
+        self.device.counters()
+    }
+
+    fn region(&mut self, bytes: usize) -> Result<Region> {
+        Ok(Region { start: self.device.allocate(bytes.max(1))?, bytes })
+    }
+
+    /// Room for one op, as large as it asks for.
+    fn scratch(&mut self, bytes: usize) -> Result<Address> {
+        if bytes > self.workspace.bytes {
+            ensure!(!self.recording, Memory, "a step needs {bytes} bytes that were not planned");
+            self.workspace = self.region(bytes)?;
+        }
+        Ok(self.workspace.start)
+    }
+
+    /// Notes integers to be sent with the next launch.
+    fn put(&mut self, offset: usize, values: &[u32]) -> Result<()> {
+        for (i, values) in values.chunks(STAGED / 4).enumerate() {
+            let offset = offset + i * (STAGED / 4);
+            // Runs are written at the same time: none may overlap another.
+            let overlaps = self.starts.iter().any(|&start| {
+                let (at, len) = (self.runs[start as usize] as usize, self.runs[start as usize + 1] as usize);
+                at < offset + values.len() && offset < at + len
+            });
+            if overlaps || self.starts.len() + 1 + self.runs.len() + 2 + values.len() > STAGED {
+                self.send()?;
+            }
+            self.starts.push(self.runs.len() as u32);
+            self.runs.extend([offset as u32, values.len() as u32]);
+            self.runs.extend_from_slice(values);
+        }
+        Ok(())
+    }
+
+    fn put_in(&mut self, to: Ints, values: &[u32]) -> Result<()> {
+        let fits = values.len() <= to.len && 4 * (to.offset + to.len) <= self.ints.bytes;
+        ensure!(fits, Shape, "{} integers do not fit {to:?}", values.len());
+        self.put(to.offset, values)
+    }
+
+    fn kv(&self) -> &Pool {
+        self.kv.as_ref().expect("reserved")
+    }
+
+    fn record(&mut self, key: StepKey, body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send)) -> Result<()> {
+        // What the counters hold so far is nobody's but the meter's; what comes are the step's own.
+        self.accounts.collect(self.device.as_mut())?;
+        let before = std::mem::take(&mut self.accounts.meter);
+        self.device.begin_record()?;
+        self.recording = true;
+        let result = body(self);
+        self.recording = false;
+        let graph = self.device.end_record();
+        let meter = std::mem::replace(&mut self.accounts.meter, before);
+        result?;
+        self.accounts.keep();
+        self.graphs.insert(key, Recorded { graph: graph?, meter });
+        Ok(())
+    }
+}
+
+impl Backend for CudaBackend {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn upload(&mut self, tensor: &Tensor) -> Result<Weight> {
+        let dtype = self.info.activations;
+        let mut put = |bytes: &[u8]| -> Result<Address> {
+            let at = self.device.allocate(bytes.len())?;
+            self.device.copy_in(at, bytes)?;
+            Ok(at)
+        };
+        let nothing = Address(0);
+        let vector = if tensor.rows == 1 { put(bytemuck::cast_slice(&tensor.to_f32()))? } else { nothing };
+        let matrix = match (tensor.dtype == dtype, dtype) {
+            (true, _) => put(tensor.bytes())?,
+            (false, DType::F32) => put(bytemuck::cast_slice(&tensor.to_f32()))?,
+            (false, DType::F16) => {
+                put(bytemuck::cast_slice(&tensor.to_f32().into_iter().map(f16::from_f32).collect::<Vec<_>>()))?
+            }
+            (false, DType::BF16) => {
+                put(bytemuck::cast_slice(&tensor.to_f32().into_iter().map(bf16::from_f32).collect::<Vec<_>>()))?
+            }
+        };
+        self.weights.push(Stored { matrix, vector });
+        Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype })
+    }
+
+    fn workspace(&self, largest: &Largest, kv: &KvLayout) -> usize {
+        self.workspace_for(largest, kv)
+    }
+
+    fn reserve(&mut self, arena_bytes: usize, ints: usize, workspace: usize, kv: &KvLayout) -> Result<()> {
+        ensure!(kv.dtype == self.info.kv, Unsupported, "K/V in {}, on a device that stores {}", kv.dtype, self.info.kv);
+        if !kv.head_dim.is_multiple_of(16) || kv.head_dim > 256 {
+            let cause = format!("heads of {}: the kernels take multiples of 16, up to 256", kv.head_dim);
+            return Err(Error::new(Kind::Unsupported, cause).action("use --device cpu"));
+        }
+        let entries = kv.layers * kv.slots;
+        let (tables, lens) = (ints, ints + entries * kv.pages_per_seq);
+        self.arena = self.region(arena_bytes)?;
+        self.ints = self.region(4 * (lens + entries))?;
+        self.workspace = self.region(workspace)?;
+        self.tickets = self.region(4 * kv.slots * kv.kv_heads)?;
+        self.device.clear(self.tickets.start, self.tickets.bytes)?;
+        self.device.clear(self.ints.start.plus(4 * tables), 4 * (lens + entries - tables))?;
+        let values = PAGE * 2 * kv.kv_heads * kv.head_dim * kv.dtype.size();
+        let data = self.device.allocate((kv.pages * values).max(1))?;
+        let positions = self.device.allocate((kv.pages * PAGE * 4).max(1))?;
+        self.kv = Some(Pool { layout: *kv, data, positions, tables, lens });
+        Ok(())
+    }
+
+    fn write_ints(&mut self, to: Ints, values: &[u32]) -> Result<()> {
+        self.put_in(to, values)
+    }
+
+    fn write_floats(&mut self, to: Mat, values: &[f32]) -> Result<()> {
+        let at = self.place(to)?;
+        ensure!(4 * values.len() <= to.bytes(), Shape, "{} numbers do not fit {to:?}", values.len());
+        self.device.copy_in(at, bytemuck::cast_slice(values))
+    }
+
+    fn read_ints(&mut self, from: Ints, to: &mut [u32]) -> Result<()> {
+        ensure!(
+            to.len() <= from.len && 4 * (from.offset + from.len) <= self.ints.bytes,
+            Shape,
+            "{} integers of {from:?}",
+            to.len()
+        );
+        self.send()?;
+        self.device.copy_out(self.ints.start.plus(4 * from.offset), bytemuck::cast_slice_mut(to))
+    }
+
+    fn read_floats(&mut self, from: Mat, to: &mut [f32]) -> Result<()> {
+        let at = self.place(from)?;
+        ensure!(4 * to.len() <= from.bytes(), Shape, "{} numbers of {from:?}", to.len());
+        self.device.copy_out(at, bytemuck::cast_slice_mut(to))
+    }
+
+    fn kv_pages(&mut self, layer: usize, slot: usize, first: usize, pages: &[u32]) -> Result<()> {
+        let Pool { layout, tables, .. } = self.kv();
+        let fits = layer < layout.layers && slot < layout.slots && first + pages.len() <= layout.pages_per_seq;
+        ensure!(fits && pages.iter().all(|&p| (p as usize) < layout.pages), Shape, "pages beyond the pool");
+        let at = tables + (layer * layout.slots + slot) * layout.pages_per_seq + first;
+        self.put(at, pages)
+    }
+
+    fn kv_len(&mut self, layer: usize, slot: usize, rows: usize) -> Result<()> {
+        let Pool { layout, lens, .. } = self.kv();
+        ensure!(layer < layout.layers && slot < layout.slots, Shape, "a length beyond the pool");
+        let at = lens + layer * layout.slots + slot;
+        self.put(at, &[rows as u32])
+    }
+
+    fn step(
+        &mut self,
+        key: Option<StepKey>,
+        body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send),
+    ) -> Result<()> {
+        let Some(key) = key else { return body(self) };
+        self.send()?;
+        if !self.graphs.contains_key(&key) {
+            self.record(key, body)?;
+        }
+        let recorded = &self.graphs[&key];
+        self.device.replay(recorded.graph)?;
+        for (to, from) in self.accounts.meter.ops.iter_mut().zip(&recorded.meter.ops) {
+            to.calls += from.calls;
+            to.cost = to.cost + from.cost;
+        }
+        self.accounts.meter.kv_rows += recorded.meter.kv_rows;
+        Ok(())
+    }
+
+    /// Waits for the device. What cannot be read, because the device has failed, is missing.
+    fn meter(&mut self) -> &mut Meter {
+        let _ = self.accounts.collect(self.device.as_mut());
+        &mut self.accounts.meter
+    }
+}

@@ -28,6 +28,7 @@ fn embed(types: Types) -> Vec<Case> {
         for (rows, vocab, hidden) in
             [(0, 3, 4), (1, 1, 1), (2, 5, 15), (7, 97, 17), (8, 11, 56), (9, 11, 576), (67, 31, 16), (64, 3, 2)]
         {
+            let hidden = types.width(hidden);
             let mut s = Setup::new(types);
             let table = s.weight("table", vocab, hidden, dtype);
             // The first and the last entry, and repetitions.
@@ -86,7 +87,8 @@ fn norm_gate(types: Types) -> Vec<Case> {
         ("a few", spread(7), Device(60)),
     ];
     let styles = [Rows::Plain, Rows::Special, Rows::Large, Rows::Small];
-    for (i, width) in [1, 2, 15, 16, 17, 56, 100, 576, 2049].into_iter().enumerate() {
+    for (i, width) in [1, 2, 15, 16, 17, 56, 100, 576, 2049, 8200].into_iter().enumerate() {
+        let width = types.width(width);
         for (j, (name, index, count)) in sets.iter().enumerate() {
             for (gated, kept) in [(false, true), (true, true), (true, false)] {
                 let dtype = types.weights[(i + j) % types.weights.len()];
@@ -163,7 +165,7 @@ impl Linear {
 
 /// Every number of rows with every shape; types, biases and counts take turns.
 fn linear_variants(types: Types) -> impl Iterator<Item = Linear> {
-    const ROWS: [usize; 10] = [0, 1, 2, 3, 4, 5, 6, 7, 17, 64];
+    const ROWS: [usize; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 17, 33, 64, 70];
     // Inner widths around the vector of 16, outputs around tiles of 6 and 48 and above a task's 480; the largest is worth a
     // fork for a single row.
     const SHAPES: [(usize, usize); 13] = [
@@ -186,7 +188,7 @@ fn linear_variants(types: Types) -> impl Iterator<Item = Linear> {
     let grid = grid.map(move |(i, j)| Linear {
         rows: ROWS[i],
         count: COUNTS[(2 * i + j) % 3],
-        k: SHAPES[j].0,
+        k: types.width(SHAPES[j].0),
         n: SHAPES[j].1,
         weights: types.weights[(i + j) % types.weights.len()],
         bias: (i + j / 3) % 2 == 0,
@@ -205,7 +207,11 @@ fn linear_variants(types: Types) -> impl Iterator<Item = Linear> {
         special,
         scale,
     });
-    grid.chain(more)
+    // Products that are not sums there are only where widths of 1 are.
+    grid.chain(
+        more.filter(move |v| v.k == types.width(v.k) || v.scale == 1.0)
+            .map(move |v| Linear { k: types.width(v.k), ..v }),
+    )
 }
 
 fn qkv(types: Types, v: Linear) -> Case {

@@ -27,6 +27,11 @@ impl Heads {
         self.kv_heads * self.head_dim
     }
 
+    /// With a head_dim that there is.
+    pub fn on(self, types: Types) -> Self {
+        Heads { head_dim: types.head_dim(self.head_dim), ..self }
+    }
+
     pub fn setup(self, types: Types) -> Setup {
         Setup::with_kv(types, 3, 5, self.kv_heads, self.head_dim)
     }
@@ -128,7 +133,8 @@ pub fn attention(
         s.fill_row(q, i, |col| value(i, col));
     }
     let (layer, head_dim, kv_heads) = (LAYER, heads.head_dim, heads.kv_heads);
-    Attend { layer, head_dim, scale, rows, row_slot, first, end, q, out, kv_heads }
+    let single = queries.iter().enumerate().all(|(i, (slot, _))| queries[..i].iter().all(|(other, _)| other != slot));
+    Attend { layer, head_dim, scale, rows, row_slot, first, end, q, out, kv_heads, single }
 }
 
 fn query_value(i: usize, col: usize) -> f32 {
@@ -148,6 +154,7 @@ pub fn attend(types: Types) -> Vec<Case> {
     const COUNTS: [Count; 3] = [Count::Host, Count::Device(0), Count::Device(3)];
     let mut cases = Vec::new();
     let mut case = |name: &str, heads: Heads, lens: &[(usize, usize)], queries: &[Query], values: Values| {
+        let heads = heads.on(types);
         let count = COUNTS[cases.len() % 3];
         let mut s = heads.setup(types);
         let histories: Vec<_> = lens.iter().map(|&(slot, rows)| History::of(slot, rows)).collect();
@@ -250,7 +257,7 @@ pub fn attend(types: Types) -> Vec<Case> {
         ("falling", |slot, row, col| (-0.5 * row as f32, plain_values(slot, row, col).1)),
     ];
     for (name, values) in scores {
-        let heads = Heads { head_dim: 2, kv_heads: 2, group: 2 };
+        let heads = Heads { head_dim: 2, kv_heads: 2, group: 2 }.on(types);
         let queries: Vec<_> = causal(1, 0, 21).chain([(1, 0..600), (1, 0..601)]).chain([(4, 0..70)]).collect();
         let mut s = heads.setup(types);
         write_history(&mut s, heads, &[History::of(1, 601), History::of(4, 70)], values);
@@ -260,7 +267,7 @@ pub fn attend(types: Types) -> Vec<Case> {
         cases.push(s.case(format!("attend, scores {name}"), Op::Attend(op)));
     }
     // Queries that are no numbers.
-    let heads = Heads { head_dim: 10, kv_heads: 2, group: 3 };
+    let heads = Heads { head_dim: 10, kv_heads: 2, group: 3 }.on(types);
     let mut s = heads.setup(types);
     write_history(&mut s, heads, &[History::of(0, 30)], plain_values);
     let queries: Vec<_> = causal(0, 0, 30).collect();
@@ -323,6 +330,7 @@ pub fn rope_append(types: Types) -> Vec<Case> {
     ];
     let shapes = [(2, 1, 1), (8, 2, 3), (10, 3, 1), (64, 1, 4), (80, 2, 1), (96, 1, 3), (128, 2, 2), (256, 1, 7)];
     for (i, (head_dim, kv_heads, group)) in shapes.into_iter().enumerate() {
+        let head_dim = types.head_dim(head_dim);
         let heads = Heads { head_dim, kv_heads, group };
         for (j, batch) in batches.iter().enumerate() {
             let (name, queries, kept) = takes[(i + 2 * j) % takes.len()];
@@ -521,7 +529,7 @@ pub fn route(types: Types) -> Vec<Case> {
         &[(1, 0, 3), (0, 65, 1), (3, 10, 40), (2, 0, 64), (4, 200, 20)],
         &[(4, 7, 10), (2, 0, 20)],
     ];
-    let heads = Heads { head_dim: 2, kv_heads: 1, group: 1 };
+    let heads = Heads { head_dim: 2, kv_heads: 1, group: 1 }.on(types);
     let windows = [None, Some(1), Some(7), Some(64), Some(100_000)];
     let mut cases = Vec::new();
     for (d, (decide, drawn)) in decides.into_iter().enumerate() {

@@ -23,7 +23,7 @@ fn f32_vector(cols: usize) -> Weight {
 
 /// `bound` rows by an index, their number on the device.
 fn set(bound: usize) -> RowSet {
-    RowSet { index: ints(bound), bound, count: Some(ints(1)) }
+    RowSet { count: Some(ints(1)), ..RowSet::exact(ints(bound)) }
 }
 
 /// A right one of each op: hidden 6, 3 query heads and 1 K/V head of 4, intermediate 10, vocabulary 9, 5 rows in 2 sequences.
@@ -98,6 +98,7 @@ fn right(kind: OpKind) -> Op {
             q: mat(rows, 12),
             out: mat(rows, 12),
             kv_heads: 1,
+            single: false,
         }),
         OpKind::ProjectAdd => Op::ProjectAdd(ProjectAdd {
             src: mat(rows, 12),
@@ -290,7 +291,7 @@ fn buffers_outside_the_arena_or_shared_are_refused() {
         for op in wrong {
             let mut be = (it.make)();
             be.upload(&case.tensors[0]).unwrap();
-            be.reserve(2 * case.halves.len(), case.ints.len(), &case.kv).unwrap();
+            be.reserve(2 * case.halves.len(), case.ints.len(), 0, &case.kv).unwrap();
             be.write_ints(Ints { offset: 0, len: case.ints.len() }, &case.ints).unwrap();
             let error = be.step(None, &mut |be| op.run(be)).expect_err(&it.name);
             assert_eq!(error.kind(), Kind::Shape, "{}: {error}", it.name);

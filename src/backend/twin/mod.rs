@@ -28,6 +28,19 @@ struct Types {
     kv: DType,
     /// Types that weights may be stored in.
     weights: &'static [DType],
+    /// What widths that are summed over, and head_dim, must be multiples of.
+    multiples: (usize, usize),
+}
+
+impl Types {
+    /// The next width that it takes.
+    fn width(&self, width: usize) -> usize {
+        width.next_multiple_of(self.multiples.0)
+    }
+
+    fn head_dim(&self, head_dim: usize) -> usize {
+        head_dim.next_multiple_of(self.multiples.1)
+    }
 }
 
 /// A backend to be tested.
@@ -43,7 +56,8 @@ struct Implementation {
 
 /// All that there are on this machine.
 fn implementations() -> Vec<Implementation> {
-    let types = Types { activations: DType::F32, kv: DType::F32, weights: &[DType::F32, DType::F16, DType::BF16] };
+    const ALL: &[DType] = &[DType::F32, DType::F16, DType::BF16];
+    let types = Types { activations: DType::F32, kv: DType::F32, weights: ALL, multiples: (1, 2) };
     let mut all = Vec::new();
     for level in levels() {
         for threads in [1, 3] {
@@ -53,6 +67,20 @@ fn implementations() -> Vec<Implementation> {
             let family = if name.contains("sse") { "cpu without FMA" } else { "cpu" };
             let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
             all.push(Implementation { name, types, family, rows_are_independent: true, make });
+        }
+    }
+    // Whatever order threads run in, the bits are the same.
+    #[cfg(feature = "emulate")]
+    for (dtype, weights, family) in
+        [(DType::F32, ALL, "cuda f32"), (DType::F16, &ALL[1..2], "cuda f16"), (DType::BF16, &ALL[2..], "cuda bf16")]
+    {
+        use crate::backend::cuda::{CudaBackend, emulated::Emulated};
+        for seed in [1, 2] {
+            let make = move || CudaBackend::new(Box::new(Emulated::new(seed)), dtype).expect("an emulator");
+            let name = format!("{}, seed {seed}", make().info().name);
+            let types = Types { activations: dtype, kv: dtype, weights, multiples: (8, 16) };
+            let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
+            all.push(Implementation { name, types, family, rows_are_independent: false, make });
         }
     }
     all
@@ -107,7 +135,7 @@ fn perform(be: &mut dyn Backend, case: &Case) -> Result<Outcome> {
         let expected = Weight { id, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype };
         assert_eq!(be.upload(tensor)?, expected, "a backend numbers its weights from 0");
     }
-    be.reserve(2 * case.halves.len(), case.ints.len(), &case.kv)?;
+    be.reserve(2 * case.halves.len(), case.ints.len(), 0, &case.kv)?;
     let arena = Mat { offset: 0, rows: 1, cols: case.halves.len() / 2, dtype: DType::F32 };
     let ints = Ints { offset: 0, len: case.ints.len() };
     let mut words = vec![0f32; arena.cols];
@@ -306,7 +334,8 @@ fn every_op_agrees_with_its_twin() {
 #[test]
 fn the_reference_agrees_with_itself_in_16_bits() {
     for dtype in [DType::F16, DType::BF16] {
-        let types = Types { activations: dtype, kv: dtype, weights: &[DType::BF16, DType::F16] };
+        let weights = &[DType::BF16, DType::F16];
+        let types = Types { activations: dtype, kv: dtype, weights, multiples: (1, 2) };
         let mut failures = Failures::default();
         for case in OpKind::ALL.iter().flat_map(|&kind| cases::cases(kind, types)) {
             let outcome = perform(&mut Reference::new(types), &case).expect(&case.name);

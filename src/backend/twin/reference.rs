@@ -181,7 +181,7 @@ impl Backend for Reference {
         Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype })
     }
 
-    fn reserve(&mut self, arena_bytes: usize, ints: usize, kv: &KvLayout) -> Result<()> {
+    fn reserve(&mut self, arena_bytes: usize, ints: usize, _workspace: usize, kv: &KvLayout) -> Result<()> {
         (self.halves, self.written) = (vec![0; arena_bytes / 2], vec![None; arena_bytes / 2]);
         (self.ints, self.ints_written) = (vec![0; ints], vec![None; ints]);
         self.layout = Some(*kv);

@@ -111,7 +111,7 @@ pub fn spread(n: usize) -> Vec<u32> {
 impl Setup {
     /// For ops that have nothing to do with K/V.
     pub fn new(types: Types) -> Self {
-        Setup::with_kv(types, 1, 1, 1, 2)
+        Setup::with_kv(types, 1, 1, 1, types.head_dim(2))
     }
 
     pub fn with_kv(types: Types, layers: usize, slots: usize, kv_heads: usize, head_dim: usize) -> Self {
@@ -220,13 +220,18 @@ impl Setup {
     /// A set of rows; beyond the count the index is poison.
     pub fn rows(&mut self, index: &[u32], count: Count) -> RowSet {
         match count {
-            Count::Host => RowSet::exact(self.ints(index)),
+            Count::Host => {
+                // Half of the rows that follow each other are said to.
+                let run = index.first().filter(|_| index.len() % 2 == 1).map(|&first| first as usize);
+                let run = run.filter(|run| index.iter().zip(*run..).all(|(&row, i)| row as usize == i));
+                RowSet { run, ..RowSet::exact(self.ints(index)) }
+            }
             Count::Device(more) => {
                 let bound = index.len() + more;
                 let room = self.room(bound);
                 self.ints[room.offset..][..index.len()].copy_from_slice(index);
                 let count = self.ints(&[index.len() as u32]);
-                RowSet { index: room, bound, count: Some(count) }
+                RowSet { count: Some(count), ..RowSet::exact(room) }
             }
         }
     }

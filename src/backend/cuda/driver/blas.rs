@@ -7,6 +7,7 @@
 //! exact m is only checked against the bucket's algorithm the first time it comes.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::mem::size_of;
 use std::ptr;
@@ -26,11 +27,16 @@ type Layout = Owned<sys::cublasLtMatrixLayout_t, Status>;
 
 pub(super) struct Blas {
     plans: HashMap<Key, Plan>,
+    library: Library,
+    workspace: Address,
+}
+
+struct Library {
     /// weight transposed, f32 accumulation: the same for all products. f32 inputs are not rounded to TF32 either.
     product: Owned<sys::cublasLtMatmulDesc_t, Status>,
     handle: Owned<sys::cublasLtHandle_t, Status>,
-    workspace: Address,
-    workspace_bytes: usize,
+    /// Bytes that a product may use beside its matrices.
+    workspace: usize,
 }
 
 /// Products that share an algorithm.
@@ -86,7 +92,8 @@ impl Blas {
             let which = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
             let status = sys::cublasLtMatmulDescSetAttribute(product.0, which, (&raw const transposed).cast(), 4);
             ok(status, "describing a product").map_err(failed)?;
-            Ok(Blas { plans: HashMap::new(), product, handle, workspace, workspace_bytes })
+            let library = Library { product, handle, workspace: workspace_bytes };
+            Ok(Blas { plans: HashMap::new(), library, workspace })
         }
     }
 
@@ -98,22 +105,22 @@ impl Blas {
         let &Gemm { weight, src, out, m, n, k, dtype, out_dtype, add } = gemm;
         let align = 1 << (weight.0 | src.0 | out.0).trailing_zeros().min(4);
         let key = Key { bucket: bucket(m), n, k, dtype, out_dtype, add, align };
-        if !self.plans.contains_key(&key) {
-            let plan = self.plan(&key)?;
-            self.plans.insert(key, plan);
-        }
-        let bit = key.bucket - m;
-        if !self.plans[&key].has(bit) {
-            self.admit(&key, m)?;
-        }
-        let Some(plan) = self.plans.get_mut(&key) else { return Ok(()) };
+        let plan = match self.plans.entry(key) {
+            Entry::Occupied(plan) => plan.into_mut(),
+            Entry::Vacant(place) => place.insert(self.library.plan(&key)?),
+        };
         plan.stand_at(m)?;
+        let bit = key.bucket - m;
+        if plan.taken[bit / 64] >> (bit % 64) & 1 == 0 {
+            self.library.admit(plan, &key)?;
+            plan.taken[bit / 64] |= 1 << (bit % 64);
+        }
         let (one, beta) = (1f32, if add { 1f32 } else { 0f32 });
         // SAFETY: the layouts describe the matrices that the caller vouches for, and the workspace lives as long as this.
         let status = unsafe {
             sys::cublasLtMatmul(
-                self.handle.0,
-                self.product.0,
+                self.library.handle.0,
+                self.library.product.0,
                 (&raw const one).cast(),
                 pointer(weight),
                 plan.weight.0,
@@ -126,40 +133,25 @@ impl Blas {
                 plan.out.0,
                 &plan.algorithm,
                 pointer(self.workspace).cast_mut(),
-                self.workspace_bytes,
+                self.library.workspace,
                 stream,
             )
         };
         ok(status, "multiplying")
     }
+}
 
-    /// Sees to it that the plan's algorithm takes this m: where it does not, one is asked for that does.
-    fn admit(&mut self, key: &Key, m: usize) -> Result<(), Failure> {
-        let Some(plan) = self.plans.get_mut(key) else { return Ok(()) };
-        plan.stand_at(m)?;
-        let mut result = no_result();
+impl Library {
+    /// Sees to it that the plan's algorithm takes the m that it stands at: where it does not, one is asked for that does.
+    fn admit(&self, plan: &mut Plan, key: &Key) -> Result<(), Failure> {
         let (weight, src, out) = (plan.weight.0, plan.src.0, plan.out.0);
+        let (handle, product, algorithm) = (self.handle.0, self.product.0, &plan.algorithm);
+        let mut result = no_result();
         // SAFETY: all handles live; `result` is written.
-        let status = unsafe {
-            sys::cublasLtMatmulAlgoCheck(
-                self.handle.0,
-                self.product.0,
-                weight,
-                src,
-                out,
-                out,
-                &plan.algorithm,
-                &mut result,
-            )
-        };
-        if status != Status::CUBLAS_STATUS_SUCCESS || result.workspaceSize > self.workspace_bytes {
-            let algorithm = self.ask(key, weight, src, out)?;
-            let Some(plan) = self.plans.get_mut(key) else { return Ok(()) };
-            (plan.algorithm, plan.taken) = (algorithm, [0; 4]);
-        }
-        if let Some(plan) = self.plans.get_mut(key) {
-            let bit = key.bucket - m;
-            plan.taken[bit / 64] |= 1 << (bit % 64);
+        let status =
+            unsafe { sys::cublasLtMatmulAlgoCheck(handle, product, weight, src, out, out, algorithm, &mut result) };
+        if status != Status::CUBLAS_STATUS_SUCCESS || result.workspaceSize > self.workspace {
+            (plan.algorithm, plan.taken) = (self.ask(key, weight, src, out)?, [0; 4]);
         }
         Ok(())
     }
@@ -196,7 +188,7 @@ impl Blas {
             let set = |which, value: *const c_void, size| {
                 ok(sys::cublasLtMatmulPreferenceSetAttribute(wish.0, which, value, size), ASKING)
             };
-            let room = self.workspace_bytes as u64;
+            let room = self.workspace as u64;
             set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const room).cast(), 8)?;
             let reduce = REDUCE_IN_F32;
             set(Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (&raw const reduce).cast(), 4)?;
@@ -229,10 +221,6 @@ impl Blas {
 }
 
 impl Plan {
-    fn has(&self, bit: usize) -> bool {
-        self.taken[bit / 64] >> (bit % 64) & 1 == 1
-    }
-
     /// Makes the layouts those of an exact m.
     fn stand_at(&mut self, m: usize) -> Result<(), Failure> {
         if self.m == m {

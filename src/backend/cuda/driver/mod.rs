@@ -25,7 +25,7 @@ use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::DType;
 pub use blas::version_text;
 use blas::{Blas, Failure};
-pub use probe::{Found, OLDEST, OLDEST_GPU, cublaslt, devices, kernel_module, look, nvcc, present, split};
+pub use probe::{Found, OLDEST, OLDEST_GPU, covers, cublaslt, devices, kernel_module, look, nvcc, present, split};
 use staging::{LANDING, Staging};
 use status::{Owned, check};
 
@@ -115,7 +115,8 @@ impl Driver {
         }
         let (context, primary) = probe::context(device)?;
         let stream = stream()?;
-        let modules = modules.iter().map(|&(name, image)| module(name, image)).collect::<Result<Vec<_>>>()?;
+        let modules =
+            modules.iter().map(|&(name, image)| module(name, image, &description)).collect::<Result<Vec<_>>>()?;
         let workspace_bytes = if major == 9 { 64 << 20 } else { 32 << 20 };
         let workspace = allocate(workspace_bytes)?;
         let blas = Blas::new(Address(workspace.0), workspace_bytes)?;
@@ -369,12 +370,12 @@ impl Device for Driver {
                 Err(Failure(status, doing)) => &format!("{status:?} when {doing}"),
             }
         };
-        // cuBLASLt hides an earlier kernel's fault behind a status of its own; the stream tells.
+        // cuBLASLt hides an earlier kernel's fault behind a status of its own; the stream tells, when it is not recorded.
+        self.drop_recording();
         // SAFETY: the stream lives.
         match unsafe { sys::cuStreamQuery(self.stream.0) } {
             status if status::is_fault(status) => self.check(status, String::new),
             _ => {
-                self.drop_recording();
                 let error = Error::new(Kind::Device, format!("cuBLASLt refused a product: {refused}"));
                 let error = error.during(format!("multiplying {m}x{k} by {n}x{k} transposed, {dtype} to {out_dtype}"));
                 Err(error.action("report it with the output of mindskip doctor"))
@@ -460,14 +461,15 @@ fn stream() -> Result<Owned<CUstream>> {
 }
 
 /// Loads the fatbin `image`, of which the driver takes the code that fits the device best.
-fn module(name: &str, image: &[u8]) -> Result<Owned<CUmodule>> {
+fn module(name: &str, image: &[u8], gpu: &Description) -> Result<Owned<CUmodule>> {
     // A fatbin is read in words of 8 bytes; where `include_bytes!` puts it is not known to be a multiple of that.
     let mut aligned = vec![0u64; image.len().div_ceil(8)];
     bytemuck::cast_slice_mut(&mut aligned)[..image.len()].copy_from_slice(image);
     let mut module = ptr::null_mut();
     // SAFETY: a context is current; the driver reads the image, whose header tells its length, and copies what it keeps.
     let status = unsafe { sys::cuModuleLoadData(&mut module, aligned.as_ptr().cast()) };
-    check(status, &format!("loading the CUDA module {name}"))?;
+    let (major, minor) = gpu.compute_capability;
+    check(status, &format!("loading the CUDA module {name} for {}, compute capability {major}.{minor}", gpu.name))?;
     Ok(Owned(module, sys::cuModuleUnload))
 }
 

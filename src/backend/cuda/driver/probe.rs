@@ -128,7 +128,9 @@ fn start() -> Result<u32> {
     };
     let too_old = |what: String| {
         let (major, minor) = split(oldest());
-        Error::new(Kind::Device, what).action(format!("update NVIDIA's driver to one of CUDA {major}.{minor} or newer"))
+        let rebuild = if oldest() > OLDEST { ", or build again with an older nvcc" } else { "" };
+        let action = format!("update NVIDIA's driver to one of CUDA {major}.{minor} or newer{rebuild}");
+        Error::new(Kind::Device, what).action(action)
     };
     ensure!(has("cuDriverGetVersion"), Device, "the libcuda that was found is not NVIDIA's; check LD_LIBRARY_PATH");
     let mut version: c_int = 0;
@@ -157,6 +159,16 @@ pub fn nvcc() -> Option<(u32, u32)> {
     // "Cuda compilation tools, release 13.0, V13.0.88"
     let (major, minor) = NVCC.split_once("release ")?.1.split_once(',')?.0.split_once('.')?;
     Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// Whether one of the kernels' architectures, `80;90a`, runs on a GPU. The lowest is there as PTX too, which later GPUs
+/// compile for themselves; one with a letter runs on its own GPU only.
+pub fn covers(architectures: &str, (major, minor): (u32, u32)) -> bool {
+    architectures.split(';').any(|name| {
+        let digits = name.trim_end_matches(char::is_alphabetic);
+        let gpu = major * 10 + minor;
+        digits.parse().is_ok_and(|number: u32| if digits == name { number <= gpu } else { number == gpu })
+    })
 }
 
 /// How many devices there are, at least one. Errors: Device.
@@ -238,4 +250,18 @@ fn describe(ordinal: usize) -> Result<Description> {
         let _ = unsafe { sys::cuCtxSetCurrent(ptr::null_mut()) };
     }
     Ok(description)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn architectures_cover_gpus() {
+        let with = |gpu| ["80;90a", "90a", "80", "", "86;89"].map(|list| covers(list, gpu));
+        assert_eq!(with((8, 0)), [true, false, true, false, false]);
+        assert_eq!(with((8, 9)), [true, false, true, false, true]);
+        assert_eq!(with((9, 0)), [true, true, true, false, true]);
+        assert_eq!(with((12, 0)), [true, false, true, false, true]);
+    }
 }

@@ -1,0 +1,406 @@
+//! The argument structs of the kernels, made from cuda/kernels.h by scripts/kernels-rs.
+
+pub const KV_PAGE: u32 = 64;
+pub const ROUTE_ALL: u32 = 0;
+pub const ROUTE_THRESHOLD: u32 = 1;
+pub const ROUTE_TOP_K: u32 = 2;
+pub const ROUTE_SEQUENCE: u32 = 3;
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct WorkCount {
+    pub row_calls: u64,
+    pub rows: u64,
+    pub kv_calls: u64,
+    pub kv_rows: u64,
+    pub pairs: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of WorkCount"][::core::mem::size_of::<WorkCount>() - 40usize];
+    ["Alignment of WorkCount"][::core::mem::align_of::<WorkCount>() - 8usize];
+    ["Offset of field: WorkCount::row_calls"][::core::mem::offset_of!(WorkCount, row_calls) - 0usize];
+    ["Offset of field: WorkCount::rows"][::core::mem::offset_of!(WorkCount, rows) - 8usize];
+    ["Offset of field: WorkCount::kv_calls"][::core::mem::offset_of!(WorkCount, kv_calls) - 16usize];
+    ["Offset of field: WorkCount::kv_rows"][::core::mem::offset_of!(WorkCount, kv_rows) - 24usize];
+    ["Offset of field: WorkCount::pairs"][::core::mem::offset_of!(WorkCount, pairs) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RowSet {
+    pub index: *const u32,
+    pub count: *const u32,
+    pub bound: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RowSet"][::core::mem::size_of::<RowSet>() - 24usize];
+    ["Alignment of RowSet"][::core::mem::align_of::<RowSet>() - 8usize];
+    ["Offset of field: RowSet::index"][::core::mem::offset_of!(RowSet, index) - 0usize];
+    ["Offset of field: RowSet::count"][::core::mem::offset_of!(RowSet, count) - 8usize];
+    ["Offset of field: RowSet::bound"][::core::mem::offset_of!(RowSet, bound) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct KvLayer {
+    pub data: *mut ::core::ffi::c_void,
+    pub positions: *mut u32,
+    pub tables: *const u32,
+    pub lens: *mut u32,
+    pub pages_per_seq: u32,
+    pub kv_heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of KvLayer"][::core::mem::size_of::<KvLayer>() - 48usize];
+    ["Alignment of KvLayer"][::core::mem::align_of::<KvLayer>() - 8usize];
+    ["Offset of field: KvLayer::data"][::core::mem::offset_of!(KvLayer, data) - 0usize];
+    ["Offset of field: KvLayer::positions"][::core::mem::offset_of!(KvLayer, positions) - 8usize];
+    ["Offset of field: KvLayer::tables"][::core::mem::offset_of!(KvLayer, tables) - 16usize];
+    ["Offset of field: KvLayer::lens"][::core::mem::offset_of!(KvLayer, lens) - 24usize];
+    ["Offset of field: KvLayer::pages_per_seq"][::core::mem::offset_of!(KvLayer, pages_per_seq) - 32usize];
+    ["Offset of field: KvLayer::kv_heads"][::core::mem::offset_of!(KvLayer, kv_heads) - 36usize];
+    ["Offset of field: KvLayer::head_dim"][::core::mem::offset_of!(KvLayer, head_dim) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct EmbedArgs {
+    pub table: *const ::core::ffi::c_void,
+    pub ids: *const u32,
+    pub out: *mut f32,
+    pub rows: u32,
+    pub width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of EmbedArgs"][::core::mem::size_of::<EmbedArgs>() - 32usize];
+    ["Alignment of EmbedArgs"][::core::mem::align_of::<EmbedArgs>() - 8usize];
+    ["Offset of field: EmbedArgs::table"][::core::mem::offset_of!(EmbedArgs, table) - 0usize];
+    ["Offset of field: EmbedArgs::ids"][::core::mem::offset_of!(EmbedArgs, ids) - 8usize];
+    ["Offset of field: EmbedArgs::out"][::core::mem::offset_of!(EmbedArgs, out) - 16usize];
+    ["Offset of field: EmbedArgs::rows"][::core::mem::offset_of!(EmbedArgs, rows) - 24usize];
+    ["Offset of field: EmbedArgs::width"][::core::mem::offset_of!(EmbedArgs, width) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RopeAnglesArgs {
+    pub pos: *const u32,
+    pub inv_freq: *const f32,
+    pub out: *mut f32,
+    pub rows: u32,
+    pub half: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeAnglesArgs"][::core::mem::size_of::<RopeAnglesArgs>() - 32usize];
+    ["Alignment of RopeAnglesArgs"][::core::mem::align_of::<RopeAnglesArgs>() - 8usize];
+    ["Offset of field: RopeAnglesArgs::pos"][::core::mem::offset_of!(RopeAnglesArgs, pos) - 0usize];
+    ["Offset of field: RopeAnglesArgs::inv_freq"][::core::mem::offset_of!(RopeAnglesArgs, inv_freq) - 8usize];
+    ["Offset of field: RopeAnglesArgs::out"][::core::mem::offset_of!(RopeAnglesArgs, out) - 16usize];
+    ["Offset of field: RopeAnglesArgs::rows"][::core::mem::offset_of!(RopeAnglesArgs, rows) - 24usize];
+    ["Offset of field: RopeAnglesArgs::half"][::core::mem::offset_of!(RopeAnglesArgs, half) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct NormGateArgs {
+    pub x: *const f32,
+    pub rows: RowSet,
+    pub weight: *const f32,
+    pub eps: f32,
+    pub width: u32,
+    pub out: *mut ::core::ffi::c_void,
+    pub router: *const f32,
+    pub logits: *mut f32,
+    pub work: *mut WorkCount,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of NormGateArgs"][::core::mem::size_of::<NormGateArgs>() - 80usize];
+    ["Alignment of NormGateArgs"][::core::mem::align_of::<NormGateArgs>() - 8usize];
+    ["Offset of field: NormGateArgs::x"][::core::mem::offset_of!(NormGateArgs, x) - 0usize];
+    ["Offset of field: NormGateArgs::rows"][::core::mem::offset_of!(NormGateArgs, rows) - 8usize];
+    ["Offset of field: NormGateArgs::weight"][::core::mem::offset_of!(NormGateArgs, weight) - 32usize];
+    ["Offset of field: NormGateArgs::eps"][::core::mem::offset_of!(NormGateArgs, eps) - 40usize];
+    ["Offset of field: NormGateArgs::width"][::core::mem::offset_of!(NormGateArgs, width) - 44usize];
+    ["Offset of field: NormGateArgs::out"][::core::mem::offset_of!(NormGateArgs, out) - 48usize];
+    ["Offset of field: NormGateArgs::router"][::core::mem::offset_of!(NormGateArgs, router) - 56usize];
+    ["Offset of field: NormGateArgs::logits"][::core::mem::offset_of!(NormGateArgs, logits) - 64usize];
+    ["Offset of field: NormGateArgs::work"][::core::mem::offset_of!(NormGateArgs, work) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct GatherArgs {
+    pub src: *const ::core::ffi::c_void,
+    pub rows: RowSet,
+    pub base: u32,
+    pub width: u32,
+    pub out: *mut ::core::ffi::c_void,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GatherArgs"][::core::mem::size_of::<GatherArgs>() - 48usize];
+    ["Alignment of GatherArgs"][::core::mem::align_of::<GatherArgs>() - 8usize];
+    ["Offset of field: GatherArgs::src"][::core::mem::offset_of!(GatherArgs, src) - 0usize];
+    ["Offset of field: GatherArgs::rows"][::core::mem::offset_of!(GatherArgs, rows) - 8usize];
+    ["Offset of field: GatherArgs::base"][::core::mem::offset_of!(GatherArgs, base) - 32usize];
+    ["Offset of field: GatherArgs::width"][::core::mem::offset_of!(GatherArgs, width) - 36usize];
+    ["Offset of field: GatherArgs::out"][::core::mem::offset_of!(GatherArgs, out) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct ScatterAddArgs {
+    pub src: *const f32,
+    pub bias: *const f32,
+    pub rows: RowSet,
+    pub width: u32,
+    pub x: *mut f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of ScatterAddArgs"][::core::mem::size_of::<ScatterAddArgs>() - 56usize];
+    ["Alignment of ScatterAddArgs"][::core::mem::align_of::<ScatterAddArgs>() - 8usize];
+    ["Offset of field: ScatterAddArgs::src"][::core::mem::offset_of!(ScatterAddArgs, src) - 0usize];
+    ["Offset of field: ScatterAddArgs::bias"][::core::mem::offset_of!(ScatterAddArgs, bias) - 8usize];
+    ["Offset of field: ScatterAddArgs::rows"][::core::mem::offset_of!(ScatterAddArgs, rows) - 16usize];
+    ["Offset of field: ScatterAddArgs::width"][::core::mem::offset_of!(ScatterAddArgs, width) - 40usize];
+    ["Offset of field: ScatterAddArgs::x"][::core::mem::offset_of!(ScatterAddArgs, x) - 48usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SiluMulArgs {
+    pub gate: *const ::core::ffi::c_void,
+    pub up: *const ::core::ffi::c_void,
+    pub gate_bias: *const f32,
+    pub up_bias: *const f32,
+    pub out: *mut ::core::ffi::c_void,
+    pub rows: u32,
+    pub width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SiluMulArgs"][::core::mem::size_of::<SiluMulArgs>() - 48usize];
+    ["Alignment of SiluMulArgs"][::core::mem::align_of::<SiluMulArgs>() - 8usize];
+    ["Offset of field: SiluMulArgs::gate"][::core::mem::offset_of!(SiluMulArgs, gate) - 0usize];
+    ["Offset of field: SiluMulArgs::up"][::core::mem::offset_of!(SiluMulArgs, up) - 8usize];
+    ["Offset of field: SiluMulArgs::gate_bias"][::core::mem::offset_of!(SiluMulArgs, gate_bias) - 16usize];
+    ["Offset of field: SiluMulArgs::up_bias"][::core::mem::offset_of!(SiluMulArgs, up_bias) - 24usize];
+    ["Offset of field: SiluMulArgs::out"][::core::mem::offset_of!(SiluMulArgs, out) - 32usize];
+    ["Offset of field: SiluMulArgs::rows"][::core::mem::offset_of!(SiluMulArgs, rows) - 40usize];
+    ["Offset of field: SiluMulArgs::width"][::core::mem::offset_of!(SiluMulArgs, width) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct BiasArgs {
+    pub out: *mut ::core::ffi::c_void,
+    pub bias: *const f32,
+    pub rows: u32,
+    pub width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of BiasArgs"][::core::mem::size_of::<BiasArgs>() - 24usize];
+    ["Alignment of BiasArgs"][::core::mem::align_of::<BiasArgs>() - 8usize];
+    ["Offset of field: BiasArgs::out"][::core::mem::offset_of!(BiasArgs, out) - 0usize];
+    ["Offset of field: BiasArgs::bias"][::core::mem::offset_of!(BiasArgs, bias) - 8usize];
+    ["Offset of field: BiasArgs::rows"][::core::mem::offset_of!(BiasArgs, rows) - 16usize];
+    ["Offset of field: BiasArgs::width"][::core::mem::offset_of!(BiasArgs, width) - 20usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct LogProbsArgs {
+    pub logits: *const f32,
+    pub targets: *const u32,
+    pub out: *mut f32,
+    pub rows: u32,
+    pub vocab: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LogProbsArgs"][::core::mem::size_of::<LogProbsArgs>() - 32usize];
+    ["Alignment of LogProbsArgs"][::core::mem::align_of::<LogProbsArgs>() - 8usize];
+    ["Offset of field: LogProbsArgs::logits"][::core::mem::offset_of!(LogProbsArgs, logits) - 0usize];
+    ["Offset of field: LogProbsArgs::targets"][::core::mem::offset_of!(LogProbsArgs, targets) - 8usize];
+    ["Offset of field: LogProbsArgs::out"][::core::mem::offset_of!(LogProbsArgs, out) - 16usize];
+    ["Offset of field: LogProbsArgs::rows"][::core::mem::offset_of!(LogProbsArgs, rows) - 24usize];
+    ["Offset of field: LogProbsArgs::vocab"][::core::mem::offset_of!(LogProbsArgs, vocab) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct PutIntsArgs {
+    pub runs: *const u32,
+    pub starts: *const u32,
+    pub ints: *mut u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PutIntsArgs"][::core::mem::size_of::<PutIntsArgs>() - 24usize];
+    ["Alignment of PutIntsArgs"][::core::mem::align_of::<PutIntsArgs>() - 8usize];
+    ["Offset of field: PutIntsArgs::runs"][::core::mem::offset_of!(PutIntsArgs, runs) - 0usize];
+    ["Offset of field: PutIntsArgs::starts"][::core::mem::offset_of!(PutIntsArgs, starts) - 8usize];
+    ["Offset of field: PutIntsArgs::ints"][::core::mem::offset_of!(PutIntsArgs, ints) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RouteArgs {
+    pub logits: *const f32,
+    pub pos: *const u32,
+    pub seq_start: *const u32,
+    pub slots: *const u32,
+    pub decided: *mut u32,
+    pub cut_rows: *const u32,
+    pub active: *mut u32,
+    pub active_at: *mut u32,
+    pub first: *mut u32,
+    pub end: *mut u32,
+    pub kv_row: *mut u32,
+    pub scratch: *mut u32,
+    pub kv: KvLayer,
+    pub rows: u32,
+    pub seqs: u32,
+    pub cuts: u32,
+    pub decide: u32,
+    pub share: f32,
+    pub window: u32,
+    pub queries_active: u32,
+    pub keys_active: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RouteArgs"][::core::mem::size_of::<RouteArgs>() - 176usize];
+    ["Alignment of RouteArgs"][::core::mem::align_of::<RouteArgs>() - 8usize];
+    ["Offset of field: RouteArgs::logits"][::core::mem::offset_of!(RouteArgs, logits) - 0usize];
+    ["Offset of field: RouteArgs::pos"][::core::mem::offset_of!(RouteArgs, pos) - 8usize];
+    ["Offset of field: RouteArgs::seq_start"][::core::mem::offset_of!(RouteArgs, seq_start) - 16usize];
+    ["Offset of field: RouteArgs::slots"][::core::mem::offset_of!(RouteArgs, slots) - 24usize];
+    ["Offset of field: RouteArgs::decided"][::core::mem::offset_of!(RouteArgs, decided) - 32usize];
+    ["Offset of field: RouteArgs::cut_rows"][::core::mem::offset_of!(RouteArgs, cut_rows) - 40usize];
+    ["Offset of field: RouteArgs::active"][::core::mem::offset_of!(RouteArgs, active) - 48usize];
+    ["Offset of field: RouteArgs::active_at"][::core::mem::offset_of!(RouteArgs, active_at) - 56usize];
+    ["Offset of field: RouteArgs::first"][::core::mem::offset_of!(RouteArgs, first) - 64usize];
+    ["Offset of field: RouteArgs::end"][::core::mem::offset_of!(RouteArgs, end) - 72usize];
+    ["Offset of field: RouteArgs::kv_row"][::core::mem::offset_of!(RouteArgs, kv_row) - 80usize];
+    ["Offset of field: RouteArgs::scratch"][::core::mem::offset_of!(RouteArgs, scratch) - 88usize];
+    ["Offset of field: RouteArgs::kv"][::core::mem::offset_of!(RouteArgs, kv) - 96usize];
+    ["Offset of field: RouteArgs::rows"][::core::mem::offset_of!(RouteArgs, rows) - 144usize];
+    ["Offset of field: RouteArgs::seqs"][::core::mem::offset_of!(RouteArgs, seqs) - 148usize];
+    ["Offset of field: RouteArgs::cuts"][::core::mem::offset_of!(RouteArgs, cuts) - 152usize];
+    ["Offset of field: RouteArgs::decide"][::core::mem::offset_of!(RouteArgs, decide) - 156usize];
+    ["Offset of field: RouteArgs::share"][::core::mem::offset_of!(RouteArgs, share) - 160usize];
+    ["Offset of field: RouteArgs::window"][::core::mem::offset_of!(RouteArgs, window) - 164usize];
+    ["Offset of field: RouteArgs::queries_active"][::core::mem::offset_of!(RouteArgs, queries_active) - 168usize];
+    ["Offset of field: RouteArgs::keys_active"][::core::mem::offset_of!(RouteArgs, keys_active) - 172usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RopeAppendArgs {
+    pub angles: *const f32,
+    pub pos: *const u32,
+    pub row_slot: *const u32,
+    pub q_rows: RowSet,
+    pub kv_rows: RowSet,
+    pub kv_row: *const u32,
+    pub q: *mut ::core::ffi::c_void,
+    pub k: *const ::core::ffi::c_void,
+    pub v: *const ::core::ffi::c_void,
+    pub q_norm: *const f32,
+    pub k_norm: *const f32,
+    pub eps: f32,
+    pub heads: u32,
+    pub kv: KvLayer,
+    pub work: *mut WorkCount,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeAppendArgs"][::core::mem::size_of::<RopeAppendArgs>() - 184usize];
+    ["Alignment of RopeAppendArgs"][::core::mem::align_of::<RopeAppendArgs>() - 8usize];
+    ["Offset of field: RopeAppendArgs::angles"][::core::mem::offset_of!(RopeAppendArgs, angles) - 0usize];
+    ["Offset of field: RopeAppendArgs::pos"][::core::mem::offset_of!(RopeAppendArgs, pos) - 8usize];
+    ["Offset of field: RopeAppendArgs::row_slot"][::core::mem::offset_of!(RopeAppendArgs, row_slot) - 16usize];
+    ["Offset of field: RopeAppendArgs::q_rows"][::core::mem::offset_of!(RopeAppendArgs, q_rows) - 24usize];
+    ["Offset of field: RopeAppendArgs::kv_rows"][::core::mem::offset_of!(RopeAppendArgs, kv_rows) - 48usize];
+    ["Offset of field: RopeAppendArgs::kv_row"][::core::mem::offset_of!(RopeAppendArgs, kv_row) - 72usize];
+    ["Offset of field: RopeAppendArgs::q"][::core::mem::offset_of!(RopeAppendArgs, q) - 80usize];
+    ["Offset of field: RopeAppendArgs::k"][::core::mem::offset_of!(RopeAppendArgs, k) - 88usize];
+    ["Offset of field: RopeAppendArgs::v"][::core::mem::offset_of!(RopeAppendArgs, v) - 96usize];
+    ["Offset of field: RopeAppendArgs::q_norm"][::core::mem::offset_of!(RopeAppendArgs, q_norm) - 104usize];
+    ["Offset of field: RopeAppendArgs::k_norm"][::core::mem::offset_of!(RopeAppendArgs, k_norm) - 112usize];
+    ["Offset of field: RopeAppendArgs::eps"][::core::mem::offset_of!(RopeAppendArgs, eps) - 120usize];
+    ["Offset of field: RopeAppendArgs::heads"][::core::mem::offset_of!(RopeAppendArgs, heads) - 124usize];
+    ["Offset of field: RopeAppendArgs::kv"][::core::mem::offset_of!(RopeAppendArgs, kv) - 128usize];
+    ["Offset of field: RopeAppendArgs::work"][::core::mem::offset_of!(RopeAppendArgs, work) - 176usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct AttendArgs {
+    pub q: *const ::core::ffi::c_void,
+    pub out: *mut ::core::ffi::c_void,
+    pub rows: RowSet,
+    pub row_slot: *const u32,
+    pub first: *const u32,
+    pub end: *const u32,
+    pub kv: KvLayer,
+    pub heads: u32,
+    pub scale: f32,
+    pub splits: u32,
+    pub partial: *mut f32,
+    pub tickets: *mut u32,
+    pub work: *mut WorkCount,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttendArgs"][::core::mem::size_of::<AttendArgs>() - 152usize];
+    ["Alignment of AttendArgs"][::core::mem::align_of::<AttendArgs>() - 8usize];
+    ["Offset of field: AttendArgs::q"][::core::mem::offset_of!(AttendArgs, q) - 0usize];
+    ["Offset of field: AttendArgs::out"][::core::mem::offset_of!(AttendArgs, out) - 8usize];
+    ["Offset of field: AttendArgs::rows"][::core::mem::offset_of!(AttendArgs, rows) - 16usize];
+    ["Offset of field: AttendArgs::row_slot"][::core::mem::offset_of!(AttendArgs, row_slot) - 40usize];
+    ["Offset of field: AttendArgs::first"][::core::mem::offset_of!(AttendArgs, first) - 48usize];
+    ["Offset of field: AttendArgs::end"][::core::mem::offset_of!(AttendArgs, end) - 56usize];
+    ["Offset of field: AttendArgs::kv"][::core::mem::offset_of!(AttendArgs, kv) - 64usize];
+    ["Offset of field: AttendArgs::heads"][::core::mem::offset_of!(AttendArgs, heads) - 112usize];
+    ["Offset of field: AttendArgs::scale"][::core::mem::offset_of!(AttendArgs, scale) - 116usize];
+    ["Offset of field: AttendArgs::splits"][::core::mem::offset_of!(AttendArgs, splits) - 120usize];
+    ["Offset of field: AttendArgs::partial"][::core::mem::offset_of!(AttendArgs, partial) - 128usize];
+    ["Offset of field: AttendArgs::tickets"][::core::mem::offset_of!(AttendArgs, tickets) - 136usize];
+    ["Offset of field: AttendArgs::work"][::core::mem::offset_of!(AttendArgs, work) - 144usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct Product {
+    pub weight: *const ::core::ffi::c_void,
+    pub bias: *const f32,
+    pub out: *mut ::core::ffi::c_void,
+    pub n: u32,
+    pub set: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of Product"][::core::mem::size_of::<Product>() - 32usize];
+    ["Alignment of Product"][::core::mem::align_of::<Product>() - 8usize];
+    ["Offset of field: Product::weight"][::core::mem::offset_of!(Product, weight) - 0usize];
+    ["Offset of field: Product::bias"][::core::mem::offset_of!(Product, bias) - 8usize];
+    ["Offset of field: Product::out"][::core::mem::offset_of!(Product, out) - 16usize];
+    ["Offset of field: Product::n"][::core::mem::offset_of!(Product, n) - 24usize];
+    ["Offset of field: Product::set"][::core::mem::offset_of!(Product, set) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SkinnyArgs {
+    pub src: *const ::core::ffi::c_void,
+    pub k: u32,
+    pub base: u32,
+    pub rows: [RowSet; 2usize],
+    pub of: [Product; 3usize],
+    pub work: *mut WorkCount,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SkinnyArgs"][::core::mem::size_of::<SkinnyArgs>() - 168usize];
+    ["Alignment of SkinnyArgs"][::core::mem::align_of::<SkinnyArgs>() - 8usize];
+    ["Offset of field: SkinnyArgs::src"][::core::mem::offset_of!(SkinnyArgs, src) - 0usize];
+    ["Offset of field: SkinnyArgs::k"][::core::mem::offset_of!(SkinnyArgs, k) - 8usize];
+    ["Offset of field: SkinnyArgs::base"][::core::mem::offset_of!(SkinnyArgs, base) - 12usize];
+    ["Offset of field: SkinnyArgs::rows"][::core::mem::offset_of!(SkinnyArgs, rows) - 16usize];
+    ["Offset of field: SkinnyArgs::of"][::core::mem::offset_of!(SkinnyArgs, of) - 64usize];
+    ["Offset of field: SkinnyArgs::work"][::core::mem::offset_of!(SkinnyArgs, work) - 160usize];
+};

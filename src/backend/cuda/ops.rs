@@ -1,0 +1,620 @@
+//! The ops as launches: which kernel, of which geometry, with which arguments.
+
+use std::ptr::null;
+
+use super::device::{Function, Gemm, Launch};
+use super::kernels::RowSet; // the kernels', not the contract's
+use super::kernels::*;
+use super::*;
+use crate::backend as ops;
+
+/// The kernels, found once. All of them are for one type of activations and K/V.
+pub struct Functions {
+    embed: Function,
+    rope_angles: Function,
+    norm_gate: Function,
+    gather: Function,
+    scatter_add: Function,
+    silu_mul: Function,
+    bias: Function,
+    bias_f32: Function,
+    logprobs: Function,
+    put_ints: Function,
+    route: Function,
+    rope_append: Function,
+    /// By the least number of rows of a tile that holds them: see [`TILES`].
+    store: [Function; 4],
+    add: [Function; 4],
+    logits: [Function; 4],
+    swiglu: [Function; 4],
+    /// By the padded head_dim: see [`HEADS`].
+    prefill: [Function; 6],
+    decode: [Function; 6],
+}
+
+/// Rows of the tiles of the streaming products.
+const TILES: [usize; 4] = [8, 16, 32, 64];
+/// Rows from which on products go through cuBLASLt: to there, weights are what counts.
+const MANY_ROWS: usize = 64;
+/// Values of head_dim that attention is compiled for; others are padded to the next.
+const HEADS: [usize; 6] = [32, 64, 80, 96, 128, 256];
+/// Blocks for each multiprocessor that split K/V aim at.
+const BLOCKS_EACH: usize = 4;
+
+impl Functions {
+    /// Errors: Device when one is missing.
+    pub fn find(device: &mut dyn Device, dtype: DType) -> Result<Self> {
+        let mut find = |name: &str| device.function(name);
+        macro_rules! of_type {
+            ($name:literal) => {
+                find(&format!("{}_{dtype}", $name))?
+            };
+        }
+        let mut set = [Function(0); 4];
+        let mut tiles = |name: &str, find: &mut dyn FnMut(&str) -> Result<Function>| -> Result<[Function; 4]> {
+            for (function, rows) in set.iter_mut().zip(TILES) {
+                let tile = if dtype == DType::F32 { String::new() } else { format!("_{rows}") };
+                *function = find(&format!("{name}_{dtype}{tile}"))?;
+            }
+            Ok(set)
+        };
+        let mut set = [Function(0); 6];
+        let mut heads = |name: &str, find: &mut dyn FnMut(&str) -> Result<Function>| -> Result<[Function; 6]> {
+            for (function, head_dim) in set.iter_mut().zip(HEADS) {
+                let padded = if dtype == DType::F32 { String::new() } else { format!("_{head_dim}") };
+                *function = find(&format!("{name}_{dtype}{padded}"))?;
+            }
+            Ok(set)
+        };
+        Ok(Functions {
+            embed: of_type!("embed"),
+            rope_angles: find("rope_angles")?,
+            norm_gate: of_type!("norm_gate"),
+            gather: find("gather")?,
+            scatter_add: find("scatter_add")?,
+            silu_mul: of_type!("silu_mul"),
+            bias: of_type!("bias"),
+            bias_f32: find("bias_f32")?,
+            logprobs: find("logprobs")?,
+            put_ints: find("put_ints")?,
+            route: find("route")?,
+            rope_append: of_type!("rope_append"),
+            store: tiles("skinny_store", &mut find)?,
+            add: tiles("skinny_add", &mut find)?,
+            logits: tiles("skinny_logits", &mut find)?,
+            swiglu: tiles("skinny_swiglu", &mut find)?,
+            prefill: heads("attend_prefill", &mut find)?,
+            decode: heads("attend_decode", &mut find)?,
+        })
+    }
+}
+
+/// A block a row, with a thread for 8 numbers of it.
+fn a_row_a_block(rows: usize, width: usize) -> Launch {
+    let threads = width.div_ceil(8).next_multiple_of(32).clamp(32, 256) as u32;
+    Launch { grid: [rows as u32, 1, 1], threads, shared: 0 }
+}
+
+impl CudaBackend {
+    /// Where a matrix stands. Errors: Shape when it lies outside the arena.
+    pub(super) fn place(&self, m: Mat) -> Result<Address> {
+        let end = m.offset.checked_add(m.bytes()).filter(|&end| end <= self.arena.bytes);
+        ensure!(end.is_some(), Shape, "buffers outside the arena: {m:?} of {} bytes", self.arena.bytes);
+        Ok(self.arena.start.plus(m.offset))
+    }
+
+    /// The matrices of an op, which do not overlap.
+    fn mats<const N: usize>(&self, op: OpKind, mats: [Mat; N]) -> Result<[*mut c_void; N]> {
+        for (i, a) in mats.iter().enumerate() {
+            self.place(*a).map_err(|e| e.during(op.name()))?;
+            for b in &mats[..i] {
+                let shared = a.offset < b.offset + b.bytes() && b.offset < a.offset + a.bytes();
+                ensure!(!shared, Shape, "{}: buffers that are shared: {a:?} and {b:?}", op.name());
+            }
+        }
+        Ok(mats.map(|m| self.arena.start.plus(m.offset).0 as *mut c_void))
+    }
+
+    /// Integers of an op, which lie in the arena.
+    fn int<const N: usize>(&self, op: OpKind, ints: [Ints; N]) -> Result<[*mut u32; N]> {
+        for i in ints {
+            let end = i.offset.checked_add(i.len).filter(|&end| 4 * end <= self.ints.bytes);
+            ensure!(end.is_some(), Shape, "{}: integers outside the arena: {i:?}", op.name());
+        }
+        Ok(ints.map(|i| self.ints.start.plus(4 * i.offset).0 as *mut u32))
+    }
+
+    fn set(&self, op: OpKind, rows: &ops::RowSet) -> Result<RowSet> {
+        let none = Ints { offset: 0, len: 0 };
+        let [index, count] = self.int(op, [rows.index, rows.count.unwrap_or(none)])?;
+        let count = if rows.count.is_some() { count.cast_const() } else { null() };
+        Ok(RowSet { index, count, bound: rows.bound as u32 })
+    }
+
+    fn matrix(&self, op: OpKind, w: Weight) -> Result<*const c_void> {
+        let aligned = w.cols.is_multiple_of(8);
+        ensure!(aligned, Unsupported, "{}: a [{}, {}] weight: rows are multiples of 8 long", op.name(), w.rows, w.cols);
+        Ok(self.weights[w.id].matrix.0 as *const c_void)
+    }
+
+    fn vector(&self, w: Weight) -> *const f32 {
+        self.weights[w.id].vector.0 as *const f32
+    }
+
+    fn vector_or_null(&self, w: Option<Weight>) -> *const f32 {
+        w.map_or(null(), |w| self.vector(w))
+    }
+
+    fn layer(&self, layer: usize) -> KvLayer {
+        let Pool { layout, data, positions, tables, lens } = self.kv();
+        let int = |at: usize| self.ints.start.plus(4 * at).0 as *mut u32;
+        KvLayer {
+            data: data.0 as *mut c_void,
+            positions: positions.0 as *mut u32,
+            tables: int(tables + layer * layout.slots * layout.pages_per_seq),
+            lens: int(lens + layer * layout.slots),
+            pages_per_seq: layout.pages_per_seq as u32,
+            kv_heads: layout.kv_heads as u32,
+            head_dim: layout.head_dim as u32,
+        }
+    }
+
+    /// Sends what the host has written.
+    pub(super) fn send(&mut self) -> Result<()> {
+        if self.starts.is_empty() {
+            return Ok(());
+        }
+        let (runs, mut words) = (self.starts.len(), std::mem::take(&mut self.starts));
+        words.extend_from_slice(&self.runs);
+        self.device.copy_in(self.staged, bytemuck::cast_slice(&words))?;
+        let starts = self.staged.0 as *const u32;
+        let args = PutIntsArgs {
+            runs: self.staged.plus(4 * runs).0 as *const u32,
+            starts,
+            ints: self.ints.start.0 as *mut u32,
+        };
+        words.clear();
+        self.starts = words;
+        self.runs.clear();
+        let launch = Launch { grid: [runs as u32, 1, 1], threads: 64, shared: 0 };
+        self.launch_only(self.functions.put_ints, launch, &args)
+    }
+
+    fn launch<A>(&mut self, op: OpKind, function: Function, launch: Launch, args: &A) -> Result<()> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        self.send()?;
+        self.launch_only(function, launch, args).map_err(|e| e.during(op.name()))
+    }
+
+    fn launch_only<A>(&mut self, function: Function, launch: Launch, args: &A) -> Result<()> {
+        // SAFETY: each op gives the struct of its kernel, with addresses of buffers that `check` and `mats`, `int` and
+        // `scratch` have found large enough.
+        unsafe { self.device.launch(function, launch, (&raw const *args).cast(), size_of::<A>()) }
+    }
+
+    fn gemm(&mut self, op: OpKind, gemm: &Gemm) -> Result<()> {
+        self.send()?;
+        // SAFETY: as for `launch_only`.
+        unsafe { self.device.gemm(gemm) }.map_err(|e| e.during(op.name()))
+    }
+
+    /// Counters for an op whose rows only the device knows; null when `known`, and the meter has it then.
+    fn account(&mut self, op: Op, known: Option<Work>) -> Result<*mut WorkCount> {
+        match known {
+            Some(work) => {
+                self.accounts.meter.add(op.kind(), op.cost(work));
+                if op.kind() == OpKind::RopeAppend {
+                    self.accounts.meter.kv_rows += work.kv_rows as u64;
+                }
+                Ok(std::ptr::null_mut())
+            }
+            None => {
+                ensure!(!self.recording || self.accounts.has_room(), Memory, "too many ops in a recorded step");
+                self.accounts.slot(self.device.as_mut(), op)
+            }
+        }
+    }
+
+    /// Few rows, or nobody here knows how many.
+    fn is_skinny(rows: &ops::RowSet) -> bool {
+        rows.count.is_some() || rows.bound <= MANY_ROWS
+    }
+
+    /// The kernel for so many rows, and its launch over the columns of some products.
+    fn skinny(&self, kernels: [Function; 4], bound: usize, columns: &[usize], swiglu: bool) -> (Function, Launch) {
+        let tile = TILES.iter().position(|&rows| bound <= rows).unwrap_or(3);
+        let (rows, wide) = match self.info.activations {
+            DType::F32 => (8, 8),
+            _ => (TILES[tile], if tile >= 2 && !swiglu { 32 } else { 16 }),
+        };
+        let blocks = columns.iter().map(|n| n.div_ceil(wide)).sum::<usize>();
+        (kernels[tile], Launch { grid: [blocks as u32, bound.div_ceil(rows) as u32, 1], threads: 256, shared: 0 })
+    }
+
+    fn product(&self, weight: Weight, src: Address, m: usize, out: Address, out_dtype: DType) -> Gemm {
+        Gemm {
+            weight: self.weights[weight.id].matrix,
+            src,
+            out,
+            m,
+            n: weight.rows,
+            k: weight.cols,
+            dtype: self.info.activations,
+            out_dtype,
+            add: false,
+        }
+    }
+
+    /// `out += bias`, where there is one.
+    fn bias(&mut self, op: OpKind, function: Function, out: Address, bias: Option<Weight>, rows: usize) -> Result<()> {
+        let Some(bias) = bias else { return Ok(()) };
+        let width = bias.cols;
+        let args =
+            BiasArgs { out: out.0 as *mut c_void, bias: self.vector(bias), rows: rows as u32, width: width as u32 };
+        self.launch(op, function, a_row_a_block(rows, 8 * width), &args)
+    }
+
+    /// Blocks that share the K/V of a row and head.
+    fn splits(&self, rows: usize, kv_heads: usize, pages_per_seq: usize) -> usize {
+        let blocks = BLOCKS_EACH * self.device.description().multiprocessors as usize;
+        blocks.div_ceil((rows * kv_heads).max(1)).min(pages_per_seq.div_ceil(4)).clamp(1, 64)
+    }
+
+    pub(super) fn workspace_for(&self, l: &Largest, kv: &KvLayout) -> usize {
+        let size = self.info.activations.size();
+        let gathered = l.chunk * l.hidden * size;
+        let scattered = l.chunk * l.hidden * 4;
+        let up = l.chunk * l.intermediate * size;
+        let route = (l.rows + 1) * 4;
+        let partial = |rows| rows * l.heads * self.splits(rows, kv.kv_heads, kv.pages_per_seq) * (kv.head_dim + 2) * 4;
+        let partial = (1..=kv.slots).map(partial).max().unwrap_or(0);
+        [gathered, scattered, up, route, partial].into_iter().max().unwrap_or(0)
+    }
+}
+
+impl Ops for CudaBackend {
+    fn embed(&mut self, a: &Embed) -> Result<()> {
+        const OP: OpKind = OpKind::Embed;
+        a.check()?;
+        let ([out], [ids]) = (self.mats(OP, [a.out])?, self.int(OP, [a.ids])?);
+        let (rows, width) = (a.ids.len, a.table.cols);
+        let table = self.matrix(OP, a.table)?;
+        let args = EmbedArgs { table, ids, out: out.cast(), rows: rows as u32, width: width as u32 };
+        self.account(Op::Embed(*a), Some(Work { rows, ..Work::default() }))?;
+        self.launch(OP, self.functions.embed, a_row_a_block(rows, width), &args)
+    }
+
+    fn rope_angles(&mut self, a: &RopeAngles) -> Result<()> {
+        const OP: OpKind = OpKind::RopeAngles;
+        a.check()?;
+        let ([out], [pos]) = (self.mats(OP, [a.out])?, self.int(OP, [a.pos])?);
+        let (rows, half) = (a.pos.len, a.inv_freq.cols);
+        let inv_freq = self.vector(a.inv_freq);
+        let args = RopeAnglesArgs { pos, inv_freq, out: out.cast(), rows: rows as u32, half: half as u32 };
+        self.account(Op::RopeAngles(*a), Some(Work { rows, ..Work::default() }))?;
+        self.launch(OP, self.functions.rope_angles, a_row_a_block(rows, 8 * half), &args)
+    }
+
+    fn norm_gate(&mut self, a: &NormGate) -> Result<()> {
+        const OP: OpKind = OpKind::NormGate;
+        a.check()?;
+        let none = a.x.rows(0..0);
+        let wanted = [a.x, a.out.unwrap_or(none), a.gate.map_or(none, |gate| gate.logits)];
+        let [x, out, logits] = self.mats(OP, wanted)?;
+        let width = a.x.cols;
+        ensure!(width.is_multiple_of(8), Unsupported, "norm_gate: rows of {width}, which is no multiple of 8");
+        let rows = self.set(OP, &a.rows)?;
+        let known = a.rows.count.is_none().then_some(Work { rows: a.rows.bound, ..Work::default() });
+        let args = NormGateArgs {
+            x: x.cast(),
+            rows,
+            weight: self.vector(a.weight),
+            eps: a.eps,
+            width: width as u32,
+            out: if a.out.is_some() { out } else { std::ptr::null_mut() },
+            router: a.gate.map_or(null(), |gate| self.vector(gate.router)),
+            logits: logits.cast(),
+            work: self.account(Op::NormGate(*a), known)?,
+        };
+        self.launch(OP, self.functions.norm_gate, a_row_a_block(a.rows.bound, width), &args)
+    }
+
+    fn route(&mut self, a: &Route) -> Result<()> {
+        const OP: OpKind = OpKind::Route;
+        a.check()?;
+        let [logits] = self.mats(OP, [a.logits])?;
+        let inputs = [a.pos, a.seq_start, a.slots, a.decided, a.cuts];
+        let [pos, seq_start, slots, decided, cut_rows] = self.int(OP, inputs)?;
+        let outputs = [a.active, a.active_at, a.first, a.end, a.kv_row];
+        let [active, active_at, first, end, kv_row] = self.int(OP, outputs)?;
+        let rows = a.pos.len;
+        let (decide, share) = match a.decide {
+            Decide::All => (ROUTE_ALL, 0.0),
+            Decide::Threshold(threshold) => (ROUTE_THRESHOLD, threshold),
+            Decide::TopK(share) => (ROUTE_TOP_K, share),
+            Decide::Sequence(threshold) => (ROUTE_SEQUENCE, threshold),
+        };
+        let args = RouteArgs {
+            logits: logits.cast_const().cast(),
+            pos,
+            seq_start,
+            slots,
+            decided,
+            cut_rows,
+            active,
+            active_at,
+            first,
+            end,
+            kv_row,
+            scratch: self.scratch(4 * (rows + 1))?.0 as *mut u32,
+            kv: self.layer(a.layer),
+            rows: rows as u32,
+            seqs: a.slots.len as u32,
+            cuts: a.cuts.len as u32,
+            decide,
+            share,
+            // A window that no position reaches is none.
+            window: a.window.and_then(|w| u32::try_from(w).ok()).unwrap_or(0),
+            queries_active: u32::from(a.queries == Take::Active),
+            keys_active: u32::from(a.keys == Take::Active),
+        };
+        self.account(Op::Route(*a), Some(Work { rows, ..Work::default() }))?;
+        let threads = rows.next_multiple_of(32).clamp(32, 1024) as u32;
+        self.launch(OP, self.functions.route, Launch { grid: [1, 1, 1], threads, shared: 0 }, &args)
+    }
+
+    fn qkv(&mut self, a: &Qkv) -> Result<()> {
+        const OP: OpKind = OpKind::Qkv;
+        a.check()?;
+        let [h, q, k, v] = self.mats(OP, [a.h, a.q, a.k, a.v])?;
+        let sets = [a.q_rows, a.kv_rows];
+        let known = sets.iter().all(|set| set.count.is_none());
+        let work = Work { rows: a.q_rows.bound, kv_rows: a.kv_rows.bound, pairs: 0 };
+        let work = self.account(Op::Qkv(*a), known.then_some(work))?;
+        let outs = [(a.q, q), (a.k, k), (a.v, v)];
+        if sets.iter().any(|set| set.count.is_some()) || sets.iter().all(Self::is_skinny) {
+            let rows = [self.set(OP, &a.q_rows)?, self.set(OP, &a.kv_rows)?];
+            let mut of = [Product { weight: null(), bias: null(), out: q, n: 0, set: 0 }; 3];
+            for (i, product) in of.iter_mut().enumerate() {
+                *product = Product {
+                    weight: self.matrix(OP, a.weights[i])?,
+                    bias: self.vector_or_null(a.biases[i]),
+                    out: outs[i].1,
+                    n: a.weights[i].rows as u32,
+                    set: u32::from(i > 0),
+                };
+            }
+            let args = SkinnyArgs { src: h, k: a.h.cols as u32, base: a.base as u32, rows, of, work };
+            let bound = a.q_rows.bound.max(a.kv_rows.bound);
+            let columns = a.weights.map(|w| w.rows);
+            let (function, launch) = self.skinny(self.functions.store, bound, &columns, false);
+            return self.launch(OP, function, launch, &args);
+        }
+        let mut gathered: Option<(usize, Address)> = None;
+        for (i, (_, out)) in outs.into_iter().enumerate() {
+            let (set, weight) = (&sets[usize::from(i > 0)], a.weights[i]);
+            self.matrix(OP, weight)?;
+            if set.bound == 0 {
+                continue;
+            }
+            let src = match (set.run, gathered) {
+                (Some(run), _) => Address(h as u64).plus((run - a.base) * a.h.cols * a.h.dtype.size()),
+                (None, Some((which, at))) if which == usize::from(i > 0) => at,
+                _ => {
+                    let at = self.gathered(OP, Address(h as u64), a.h, set, a.base)?;
+                    gathered = Some((usize::from(i > 0), at));
+                    at
+                }
+            };
+            let out = Address(out as u64);
+            let gemm = self.product(weight, src, set.bound, out, self.info.activations);
+            self.gemm(OP, &gemm)?;
+            self.bias(OP, self.functions.bias, out, a.biases[i], set.bound)?;
+        }
+        Ok(())
+    }
+
+    fn rope_append(&mut self, a: &RopeAppend) -> Result<()> {
+        const OP: OpKind = OpKind::RopeAppend;
+        a.check()?;
+        let [angles, q, k, v] = self.mats(OP, [a.angles, a.q, a.k, a.v])?;
+        let [pos, row_slot, kv_row] = self.int(OP, [a.pos, a.row_slot, a.kv_row])?;
+        let known = a.q_rows.count.is_none() && a.kv_rows.count.is_none();
+        let work = Work { rows: a.q_rows.bound, kv_rows: a.kv_rows.bound, pairs: 0 };
+        let (d, heads, kv_heads) = (a.head_dim, a.q.cols / a.head_dim, a.k.cols / a.head_dim);
+        ensure!(d == self.kv().layout.head_dim, Shape, "rope_append: heads of {d} for another cache");
+        let args = RopeAppendArgs {
+            angles: angles.cast(),
+            pos,
+            row_slot,
+            q_rows: self.set(OP, &a.q_rows)?,
+            kv_rows: self.set(OP, &a.kv_rows)?,
+            kv_row,
+            q,
+            k,
+            v,
+            q_norm: self.vector_or_null(a.q_norm),
+            k_norm: self.vector_or_null(a.k_norm),
+            eps: a.eps,
+            heads: heads as u32,
+            kv: self.layer(a.layer),
+            work: self.account(Op::RopeAppend(*a), known.then_some(work))?,
+        };
+        let lanes = (d / 16).next_power_of_two();
+        let threads = (a.q_rows.bound * heads + a.kv_rows.bound * kv_heads) * lanes;
+        let launch = Launch { grid: [threads.div_ceil(256) as u32, 1, 1], threads: 256, shared: 0 };
+        self.launch(OP, self.functions.rope_append, launch, &args)
+    }
+
+    fn attend(&mut self, a: &Attend) -> Result<()> {
+        const OP: OpKind = OpKind::Attend;
+        a.check()?;
+        let [q, out] = self.mats(OP, [a.q, a.out])?;
+        let [row_slot, first, end] = self.int(OP, [a.row_slot, a.first, a.end])?;
+        let (d, heads) = (a.head_dim, a.q.cols / a.head_dim);
+        let (group, bound) = (heads / a.kv_heads, a.rows.bound);
+        let pages_per_seq = self.kv().layout.pages_per_seq;
+        ensure!(d == self.kv().layout.head_dim, Shape, "attend: heads of {d} for another cache");
+        // Rows are known to have no work only when there are none.
+        let work = self.account(Op::Attend(*a), (bound == 0).then(Work::default))?;
+        let padded = HEADS.iter().position(|&padded| d <= padded).expect("256 at most");
+        let f32s = self.info.activations == DType::F32;
+        // One row shares its K/V with nobody either.
+        let decode = a.single || bound == 1;
+        let splits = if decode { self.splits(bound, a.kv_heads, pages_per_seq) } else { 1 };
+        let tickets = 4 * bound * a.kv_heads;
+        if decode && tickets > self.tickets.bytes {
+            ensure!(!self.recording, Memory, "a step of more rows than were planned");
+            self.tickets = self.region(tickets)?;
+            self.device.clear(self.tickets.start, tickets)?;
+        }
+        let partial = if splits > 1 { self.scratch(bound * heads * splits * (d + 2) * 4)? } else { Address(0) };
+        let args = AttendArgs {
+            q,
+            out,
+            rows: self.set(OP, &a.rows)?,
+            row_slot,
+            first,
+            end,
+            kv: self.layer(a.layer),
+            heads: heads as u32,
+            scale: a.scale,
+            splits: splits as u32,
+            partial: partial.0 as *mut f32,
+            tickets: self.tickets.start.0 as *mut u32,
+            work,
+        };
+        let kv_heads = a.kv_heads as u32;
+        let (function, grid, shared) = if decode {
+            let shared = 4 * group.min(16) * (d + 2) * 4;
+            (self.functions.decode[padded], [bound as u32, kv_heads, splits as u32], shared)
+        } else {
+            let rows = if f32s { 32 } else { 64 };
+            let hd = HEADS[padded];
+            let shared = match (f32s, hd) {
+                (true, _) => ((32 + 32) * (d + 4) + 32 * 36) * 4,
+                (false, 256) => (4 * 32 + 64) * (256 + 8) * 2,
+                (false, _) => 4 * 64 * (hd + 8) * 2,
+            };
+            (self.functions.prefill[padded], [(bound * group).div_ceil(rows) as u32, kv_heads, 1], shared)
+        };
+        self.launch(OP, function, Launch { grid, threads: 128, shared: shared as u32 }, &args)
+    }
+
+    fn project_add(&mut self, a: &ProjectAdd) -> Result<()> {
+        const OP: OpKind = OpKind::ProjectAdd;
+        a.check()?;
+        let [src, x] = self.mats(OP, [a.src, a.x])?;
+        let (n, bound) = (a.weight.rows, a.rows.bound);
+        let known = a.rows.count.is_none().then_some(Work { rows: bound, ..Work::default() });
+        let work = self.account(Op::ProjectAdd(*a), known)?;
+        let (weight, bias) = (self.matrix(OP, a.weight)?, self.vector_or_null(a.bias));
+        let rows = self.set(OP, &a.rows)?;
+        if Self::is_skinny(&a.rows) {
+            let of = Product { weight, bias, out: x, n: n as u32, set: 0 };
+            let (function, launch) = self.skinny(self.functions.add, bound, &[n], false);
+            return self.launch(OP, function, launch, &one_product(src, a.src.cols, rows, of, work));
+        }
+        let src = Address(src as u64);
+        if let Some(run) = a.rows.run {
+            let out = Address(x as u64).plus(run * n * 4);
+            let gemm = Gemm { add: true, ..self.product(a.weight, src, bound, out, DType::F32) };
+            self.gemm(OP, &gemm)?;
+            return self.bias(OP, self.functions.bias_f32, out, a.bias, bound);
+        }
+        let made = self.scratch(bound * n * 4)?;
+        let gemm = self.product(a.weight, src, bound, made, DType::F32);
+        self.gemm(OP, &gemm)?;
+        let args = ScatterAddArgs { src: made.0 as *const f32, bias, rows, width: n as u32, x: x.cast() };
+        self.launch(OP, self.functions.scatter_add, a_row_a_block(bound, n), &args)
+    }
+
+    fn swiglu(&mut self, a: &SwiGlu) -> Result<()> {
+        const OP: OpKind = OpKind::SwiGlu;
+        a.check()?;
+        let [h, out] = self.mats(OP, [a.h, a.out])?;
+        let (n, bound) = (a.gate.rows, a.rows.bound);
+        let known = a.rows.count.is_none().then_some(Work { rows: bound, ..Work::default() });
+        let work = self.account(Op::SwiGlu(*a), known)?;
+        let weights = [self.matrix(OP, a.gate)?, self.matrix(OP, a.up)?];
+        let biases = [a.gate_bias, a.up_bias].map(|bias| self.vector_or_null(bias));
+        if Self::is_skinny(&a.rows) {
+            let rows = self.set(OP, &a.rows)?;
+            let of = |i: usize| Product { weight: weights[i], bias: biases[i], out, n: n as u32, set: 0 };
+            let mut args = one_product(h, a.h.cols, rows, of(0), work);
+            args.of[1] = of(1);
+            let (function, launch) = self.skinny(self.functions.swiglu, bound, &[n], true);
+            return self.launch(OP, function, launch, &args);
+        }
+        ensure!(n.is_multiple_of(8), Unsupported, "swiglu: {n} columns, which is no multiple of 8");
+        let (src, dtype) = (Address(h as u64), self.info.activations);
+        let up = self.scratch(bound * n * dtype.size())?;
+        let gemms = [(a.gate, Address(out as u64)), (a.up, up)];
+        for (weight, to) in gemms {
+            let gemm = self.product(weight, src, bound, to, dtype);
+            self.gemm(OP, &gemm)?;
+        }
+        let args = SiluMulArgs {
+            gate: out,
+            up: up.0 as *const c_void,
+            gate_bias: biases[0],
+            up_bias: biases[1],
+            out,
+            rows: bound as u32,
+            width: n as u32,
+        };
+        self.launch(OP, self.functions.silu_mul, a_row_a_block(bound, n), &args)
+    }
+
+    fn logits(&mut self, a: &ops::Logits) -> Result<()> {
+        const OP: OpKind = OpKind::Logits;
+        a.check()?;
+        let [h, out] = self.mats(OP, [a.h, a.out])?;
+        let (rows, n) = (a.out.rows, a.weight.rows);
+        let weight = self.matrix(OP, a.weight)?;
+        self.account(Op::Logits(*a), Some(Work { rows, ..Work::default() }))?;
+        if rows <= MANY_ROWS {
+            let set = RowSet { index: null(), count: null(), bound: rows as u32 };
+            let of = Product { weight, bias: null(), out, n: n as u32, set: 0 };
+            let (function, launch) = self.skinny(self.functions.logits, rows, &[n], false);
+            return self.launch(OP, function, launch, &one_product(h, a.h.cols, set, of, std::ptr::null_mut()));
+        }
+        let gemm = self.product(a.weight, Address(h as u64), rows, Address(out as u64), DType::F32);
+        self.gemm(OP, &gemm)
+    }
+
+    fn logprobs(&mut self, a: &LogProbs) -> Result<()> {
+        const OP: OpKind = OpKind::LogProbs;
+        a.check()?;
+        let ([logits, out], [targets]) = (self.mats(OP, [a.logits, a.out])?, self.int(OP, [a.targets])?);
+        let (rows, vocab) = (a.targets.len, a.logits.cols);
+        let args =
+            LogProbsArgs { logits: logits.cast(), targets, out: out.cast(), rows: rows as u32, vocab: vocab as u32 };
+        self.account(Op::LogProbs(*a), Some(Work { rows, ..Work::default() }))?;
+        self.launch(OP, self.functions.logprobs, a_row_a_block(rows, vocab), &args)
+    }
+}
+
+impl CudaBackend {
+    /// Copies the rows of a set together.
+    fn gathered(&mut self, op: OpKind, src: Address, of: Mat, set: &ops::RowSet, base: usize) -> Result<Address> {
+        let bytes = of.cols * of.dtype.size();
+        let out = self.scratch(set.bound * bytes)?;
+        let args = GatherArgs {
+            src: src.0 as *const c_void,
+            rows: self.set(op, set)?,
+            base: base as u32,
+            width: (bytes / 16) as u32,
+            out: out.0 as *mut c_void,
+        };
+        self.launch(op, self.functions.gather, a_row_a_block(set.bound, bytes / 2), &args)?;
+        Ok(out)
+    }
+}
+
+fn one_product(src: *const c_void, k: usize, rows: RowSet, of: Product, work: *mut WorkCount) -> SkinnyArgs {
+    let none = RowSet { index: null(), count: null(), bound: 0 };
+    SkinnyArgs { src, k: k as u32, base: 0, rows: [rows, none], of: [of; 3], work }
+}

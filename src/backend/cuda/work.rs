@@ -1,0 +1,90 @@
+//! The accounts of a device that nobody waits for: kernels add up what they really did, and the host makes FLOPs and bytes
+//! of it when it is asked.
+//!
+//! An op whose rows the host does not know takes a slot of counters. As costs are linear in the rows but for the weights,
+//! which are read when there are rows at all, the sums over many calls are enough.
+
+use super::device::{Address, Device};
+use super::kernels::WorkCount;
+use crate::backend::{Cost, Meter, Op, OpKind, Work};
+use crate::error::Result;
+
+/// Slots of counters; when they are used up the host collects them, which waits for the device.
+const SLOTS: usize = 4096;
+
+pub struct Accounts {
+    counts: Address,
+    /// The op of each slot in use.
+    ops: Vec<Op>,
+    /// Slots below this one belong to recorded steps and stay theirs.
+    kept: usize,
+    pub meter: Meter,
+}
+
+impl Accounts {
+    pub fn new(device: &mut dyn Device) -> Result<Self> {
+        let bytes = SLOTS * size_of::<WorkCount>();
+        let counts = device.allocate(bytes)?;
+        device.clear(counts, bytes)?;
+        Ok(Accounts { counts, ops: Vec::with_capacity(SLOTS), kept: 0, meter: Meter::default() })
+    }
+
+    /// Bytes that it takes.
+    pub const fn bytes() -> usize {
+        SLOTS * size_of::<WorkCount>()
+    }
+
+    /// Counters for a call of `op`, and the call itself noted.
+    pub fn slot(&mut self, device: &mut dyn Device, op: Op) -> Result<*mut WorkCount> {
+        if self.ops.len() == SLOTS {
+            self.collect(device)?;
+        }
+        self.meter.add(op.kind(), Cost::default());
+        self.ops.push(op);
+        Ok(self.counts.plus((self.ops.len() - 1) * size_of::<WorkCount>()).0 as *mut WorkCount)
+    }
+
+    /// Whether a slot can be had without waiting.
+    pub fn has_room(&self) -> bool {
+        self.ops.len() < SLOTS
+    }
+
+    /// The slots in use become those of recorded steps.
+    pub fn keep(&mut self) {
+        self.kept = self.ops.len();
+    }
+
+    /// Waits for the device and adds what its counters hold to the meter.
+    pub fn collect(&mut self, device: &mut dyn Device) -> Result<()> {
+        if self.ops.is_empty() {
+            return Ok(());
+        }
+        let mut counts = vec![[0u64; 5]; self.ops.len()];
+        device.copy_out(self.counts, bytemuck::cast_slice_mut(&mut counts))?;
+        device.clear(self.counts, size_of_val(&counts[..]))?;
+        for (op, &[row_calls, rows, kv_calls, kv_rows, pairs]) in self.ops.iter().zip(&counts) {
+            let of = |rows, kv_rows, pairs| op.cost(Work { rows, kv_rows, pairs });
+            let parts = [
+                sum([of(1, 0, 0), of(2, 0, 0)], row_calls, rows),
+                sum([of(0, 1, 0), of(0, 2, 0)], kv_calls, kv_rows),
+                sum([of(0, 0, 1), of(0, 0, 2)], 0, pairs),
+            ];
+            let total = &mut self.meter.ops[op.kind() as usize].cost;
+            *total = parts.into_iter().fold(*total, |a, b| a + b);
+            if op.kind() == OpKind::RopeAppend {
+                self.meter.kv_rows += kv_rows;
+            }
+        }
+        self.ops.truncate(self.kept);
+        Ok(())
+    }
+}
+
+/// The cost of `calls` calls with `n` rows in all, from those of calls with one row and with two.
+fn sum([one, two]: [Cost; 2], calls: u64, n: u64) -> Cost {
+    let part = |one: u64, two: u64| {
+        let each = two - one;
+        calls * (one - each) + n * each
+    };
+    Cost { flops: part(one.flops, two.flops), bytes: part(one.bytes, two.bytes) }
+}
