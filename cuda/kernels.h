@@ -93,23 +93,22 @@ typedef struct ScatterAddArgs {
     float *x; /* [*, width] */
 } ScatterAddArgs;
 
-/* out = silu(gate + gate_bias) * (up + up_bias), out may be gate. */
+/* out = silu(gate) * up, out may be gate. A block a row. */
 typedef struct SiluMulArgs {
     const void *gate; /* [rows, width] */
     const void *up;
-    const float *gate_bias; /* [width], or null */
-    const float *up_bias;
     void *out;
     uint32_t rows;
     uint32_t width;
 } SiluMulArgs;
 
-/* out[i] += bias: behind a product that has none of its own. A block a row. */
+/* out[i] = bias, or out[i] += bias: before a product that is added to it, so that the sum is rounded once. A block a row. */
 typedef struct BiasArgs {
     void *out; /* [rows, width] */
     const float *bias;
     uint32_t rows;
     uint32_t width;
+    uint32_t add;
 } BiasArgs;
 
 /* out[i] = logits[i, targets[i]] - logsumexp(logits[i]); NaN for a row with a NaN, +inf, or nothing but -inf. A block a

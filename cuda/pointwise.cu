@@ -100,23 +100,13 @@ KERNEL(scatter_add, ScatterAddArgs, THREADS) {
     for (uint32_t i = threadIdx.x; i < args.width; i += blockDim.x) x[i] += src[i] + (args.bias ? args.bias[i] : 0);
 }
 
-// Eight numbers plus a bias there may be.
-template <class T> __device__ void load_biased(float (&x)[8], const T* from, const float* bias) {
-    load8(x, from);
-    if (!bias) return;
-    float b[8];
-    load8(b, bias);
-#pragma unroll
-    for (int i = 0; i < 8; i++) x[i] += b[i];
-}
-
 template <class T> __device__ void silu_mul(const SiluMulArgs& args) {
     const size_t row = (size_t)blockIdx.x * args.width;
     const T *gate = (const T*)args.gate + row, *up = (const T*)args.up + row;
     for (uint32_t at = 8 * threadIdx.x; at < args.width; at += 8 * blockDim.x) {
         float g[8], u[8];
-        load_biased(g, gate + at, args.gate_bias ? args.gate_bias + at : nullptr);
-        load_biased(u, up + at, args.up_bias ? args.up_bias + at : nullptr);
+        load8(g, gate + at);
+        load8(u, up + at);
 #pragma unroll
         for (int i = 0; i < 8; i++) g[i] = silu(g[i]) * u[i];
         store8((T*)args.out + row + at, g);
@@ -130,7 +120,7 @@ KERNEL(silu_mul_bf16, SiluMulArgs, THREADS) { silu_mul<bf16>(args); }
 template <class T> __device__ void bias(const BiasArgs& args) {
     T* out = (T*)args.out + (size_t)blockIdx.x * args.width;
     for (uint32_t i = threadIdx.x; i < args.width; i += blockDim.x) {
-        out[i] = from_f32<T>(to_f32(out[i]) + args.bias[i]);
+        out[i] = from_f32<T>((args.add ? to_f32(out[i]) : 0) + args.bias[i]);
     }
 }
 

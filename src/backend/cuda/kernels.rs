@@ -170,23 +170,19 @@ const _: () = {
 pub struct SiluMulArgs {
     pub gate: *const ::core::ffi::c_void,
     pub up: *const ::core::ffi::c_void,
-    pub gate_bias: *const f32,
-    pub up_bias: *const f32,
     pub out: *mut ::core::ffi::c_void,
     pub rows: u32,
     pub width: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SiluMulArgs"][::core::mem::size_of::<SiluMulArgs>() - 48usize];
+    ["Size of SiluMulArgs"][::core::mem::size_of::<SiluMulArgs>() - 32usize];
     ["Alignment of SiluMulArgs"][::core::mem::align_of::<SiluMulArgs>() - 8usize];
     ["Offset of field: SiluMulArgs::gate"][::core::mem::offset_of!(SiluMulArgs, gate) - 0usize];
     ["Offset of field: SiluMulArgs::up"][::core::mem::offset_of!(SiluMulArgs, up) - 8usize];
-    ["Offset of field: SiluMulArgs::gate_bias"][::core::mem::offset_of!(SiluMulArgs, gate_bias) - 16usize];
-    ["Offset of field: SiluMulArgs::up_bias"][::core::mem::offset_of!(SiluMulArgs, up_bias) - 24usize];
-    ["Offset of field: SiluMulArgs::out"][::core::mem::offset_of!(SiluMulArgs, out) - 32usize];
-    ["Offset of field: SiluMulArgs::rows"][::core::mem::offset_of!(SiluMulArgs, rows) - 40usize];
-    ["Offset of field: SiluMulArgs::width"][::core::mem::offset_of!(SiluMulArgs, width) - 44usize];
+    ["Offset of field: SiluMulArgs::out"][::core::mem::offset_of!(SiluMulArgs, out) - 16usize];
+    ["Offset of field: SiluMulArgs::rows"][::core::mem::offset_of!(SiluMulArgs, rows) - 24usize];
+    ["Offset of field: SiluMulArgs::width"][::core::mem::offset_of!(SiluMulArgs, width) - 28usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -195,15 +191,17 @@ pub struct BiasArgs {
     pub bias: *const f32,
     pub rows: u32,
     pub width: u32,
+    pub add: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of BiasArgs"][::core::mem::size_of::<BiasArgs>() - 24usize];
+    ["Size of BiasArgs"][::core::mem::size_of::<BiasArgs>() - 32usize];
     ["Alignment of BiasArgs"][::core::mem::align_of::<BiasArgs>() - 8usize];
     ["Offset of field: BiasArgs::out"][::core::mem::offset_of!(BiasArgs, out) - 0usize];
     ["Offset of field: BiasArgs::bias"][::core::mem::offset_of!(BiasArgs, bias) - 8usize];
     ["Offset of field: BiasArgs::rows"][::core::mem::offset_of!(BiasArgs, rows) - 16usize];
     ["Offset of field: BiasArgs::width"][::core::mem::offset_of!(BiasArgs, width) - 20usize];
+    ["Offset of field: BiasArgs::add"][::core::mem::offset_of!(BiasArgs, add) - 24usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

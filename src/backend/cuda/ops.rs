@@ -247,12 +247,20 @@ impl CudaBackend {
         }
     }
 
-    /// `out += bias`, where there is one.
-    fn bias(&mut self, op: OpKind, function: Function, out: Address, bias: Option<Weight>, rows: usize) -> Result<()> {
+    /// `out = bias`, or `out += bias`, where there is one: before the product, which is added to it.
+    fn bias(&mut self, op: OpKind, bias: Option<Weight>, gemm: &Gemm) -> Result<()> {
         let Some(bias) = bias else { return Ok(()) };
+        let (out, rows) = (gemm.out, gemm.m);
+        let f32s = gemm.out_dtype == DType::F32;
+        let function = if f32s { self.functions.bias_f32 } else { self.functions.bias };
         let width = bias.cols;
-        let args =
-            BiasArgs { out: out.0 as *mut c_void, bias: self.vector(bias), rows: rows as u32, width: width as u32 };
+        let args = BiasArgs {
+            out: out.0 as *mut c_void,
+            bias: self.vector(bias),
+            rows: rows as u32,
+            width: width as u32,
+            add: gemm.add.into(),
+        };
         self.launch(op, function, a_row_a_block(rows, 8 * width), &args)
     }
 
@@ -410,8 +418,8 @@ impl Ops for CudaBackend {
             };
             let out = Address(out as u64);
             let gemm = self.product(weight, src, set.bound, out, self.info.activations);
-            self.gemm(OP, &gemm)?;
-            self.bias(OP, self.functions.bias, out, a.biases[i], set.bound)?;
+            self.bias(OP, a.biases[i], &gemm)?;
+            self.gemm(OP, &Gemm { add: a.biases[i].is_some(), ..gemm })?;
         }
         Ok(())
     }
@@ -521,8 +529,8 @@ impl Ops for CudaBackend {
         if let Some(run) = a.rows.run {
             let out = Address(x as u64).plus(run * n * 4);
             let gemm = Gemm { add: true, ..self.product(a.weight, src, bound, out, DType::F32) };
-            self.gemm(OP, &gemm)?;
-            return self.bias(OP, self.functions.bias_f32, out, a.bias, bound);
+            self.bias(OP, a.bias, &gemm)?;
+            return self.gemm(OP, &gemm);
         }
         let made = self.scratch(bound * n * 4)?;
         let gemm = self.product(a.weight, src, bound, made, DType::F32);
@@ -539,8 +547,8 @@ impl Ops for CudaBackend {
         let known = a.rows.count.is_none().then_some(Work { rows: bound, ..Work::default() });
         let work = self.account(Op::SwiGlu(*a), known)?;
         let weights = [self.matrix(OP, a.gate)?, self.matrix(OP, a.up)?];
-        let biases = [a.gate_bias, a.up_bias].map(|bias| self.vector_or_null(bias));
         if Self::is_skinny(&a.rows) {
+            let biases = [a.gate_bias, a.up_bias].map(|bias| self.vector_or_null(bias));
             let rows = self.set(OP, &a.rows)?;
             let of = |i: usize| Product { weight: weights[i], bias: biases[i], out, n: n as u32, set: 0 };
             let mut args = one_product(h, a.h.cols, rows, of(0), work);
@@ -551,20 +559,12 @@ impl Ops for CudaBackend {
         ensure!(n.is_multiple_of(8), Unsupported, "swiglu: {n} columns, which is no multiple of 8");
         let (src, dtype) = (Address(h as u64), self.info.activations);
         let up = self.scratch(bound * n * dtype.size())?;
-        let gemms = [(a.gate, Address(out as u64)), (a.up, up)];
-        for (weight, to) in gemms {
+        for (weight, bias, to) in [(a.gate, a.gate_bias, Address(out as u64)), (a.up, a.up_bias, up)] {
             let gemm = self.product(weight, src, bound, to, dtype);
-            self.gemm(OP, &gemm)?;
+            self.bias(OP, bias, &gemm)?;
+            self.gemm(OP, &Gemm { add: bias.is_some(), ..gemm })?;
         }
-        let args = SiluMulArgs {
-            gate: out,
-            up: up.0 as *const c_void,
-            gate_bias: biases[0],
-            up_bias: biases[1],
-            out,
-            rows: bound as u32,
-            width: n as u32,
-        };
+        let args = SiluMulArgs { gate: out, up: up.0 as *const c_void, out, rows: bound as u32, width: n as u32 };
         self.launch(OP, self.functions.silu_mul, a_row_a_block(bound, n), &args)
     }
 
