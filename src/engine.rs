@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::backend::Precision;
 use crate::backend::cpu::CpuBackend;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{self, CudaBackend};
 use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, Take, mean, sigmoid};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
@@ -14,14 +16,30 @@ use crate::model::{Gates, Model, Routing};
 use crate::router::Level;
 pub use crate::step::Activity;
 use crate::step::{Phase, State};
+use crate::tensor::DType;
 use crate::weights::Weights;
 
-/// Rows that pass a layer together in prefill. The activations of 256 rows of a 135M model stay in the caches.
-pub const DEFAULT_CHUNK: usize = 256;
+/// What an engine runs on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Device {
+    /// The first GPU when this build has kernels and the machine a driver, else the CPU.
+    #[default]
+    Auto,
+    Cpu,
+    /// An NVIDIA GPU by its number.
+    Cuda(usize),
+    /// The emulator of a GPU, to test the kernels; threads run in an order drawn from the seed.
+    #[cfg(feature = "emulate")]
+    Emulated(u64),
+}
 
 /// Where an engine runs and how large it may become.
 #[derive(Debug, Clone)]
 pub struct Options {
+    pub device: Device,
+    /// On a GPU, what matrices, activations and K/V are stored in; None: what most of the model is in.
+    pub dtype: Option<DType>,
     /// CPU threads; None: one for every core this process may use.
     pub threads: Option<usize>,
     /// On the CPU.
@@ -32,8 +50,8 @@ pub struct Options {
     pub batch: usize,
     /// Tokens of one prefill call, all prompts together; None: `context`.
     pub rows: Option<usize>,
-    /// Rows that go through a layer at a time in prefill.
-    pub chunk: usize,
+    /// Rows that go through a layer at a time in prefill; None: as many as suit the device.
+    pub chunk: Option<usize>,
     /// Bytes for everything together; None: what the device has free.
     pub memory: Option<u64>,
 }
@@ -41,32 +59,52 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Options {
+            device: Device::Auto,
+            dtype: None,
             threads: None,
             precision: Precision::F32,
             context: None,
             batch: 1,
             rows: None,
-            chunk: DEFAULT_CHUNK,
+            chunk: None,
             memory: None,
         }
     }
 }
 
 impl Options {
-    fn limits(&self, config: &Config) -> Limits {
+    fn limits(&self, config: &Config, device: &DeviceInfo) -> Limits {
         let context = self.context.unwrap_or(config.context.min(4096));
         Limits {
             context,
             batch: self.batch,
             rows: self.rows.unwrap_or(context).max(self.batch),
-            chunk: self.chunk,
+            chunk: self.chunk.unwrap_or(device.chunk),
             memory: self.memory,
         }
     }
 }
 
-fn backend(options: &Options) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(CpuBackend::new(options.threads, options.precision)?))
+/// Errors: Device and Argument when what was asked for is not there.
+fn backend(options: &Options, weights: &Weights) -> Result<Box<dyn Backend>> {
+    let cpu = || Ok(Box::new(CpuBackend::new(options.threads, options.precision)?) as Box<dyn Backend>);
+    #[cfg(feature = "cuda")]
+    let gpu = |device| Ok(Box::new(CudaBackend::new(device, options.dtype.unwrap_or(weights.main_dtype()))?) as _);
+    match options.device {
+        Device::Cpu => cpu(),
+        #[cfg(feature = "cuda")]
+        Device::Auto if !cuda::MODULES.is_empty() && cuda::driver::present().is_ok() => {
+            gpu(Box::new(cuda::driver::Driver::open(0, cuda::MODULES)?))
+        }
+        Device::Auto => cpu(),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => gpu(Box::new(cuda::driver::Driver::open(ordinal, cuda::MODULES)?)),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => Err(Error::new(Kind::Unsupported, "this program was built without the feature `cuda`")
+            .action("build it with the feature, or use the CPU")),
+        #[cfg(feature = "emulate")]
+        Device::Emulated(seed) => gpu(Box::new(cuda::emulated::Emulated::new(seed))),
+    }
 }
 
 fn plan(
@@ -78,8 +116,10 @@ fn plan(
 ) -> Result<MemoryPlan> {
     let routed = routing.map_or(0, |r| r.layers.len());
     let sparse = routing.filter(|r| r.keys() == Take::Active).map_or(0, |r| r.layers.len());
-    let weights = weights.bytes() as u64;
-    MemoryPlan::new(config, Routed { layers: routed, sparse_kv: sparse }, weights, options.limits(config), backend)
+    let device = backend.info();
+    let weights = device.weights.map_or(weights.bytes(), |dtype| weights.parameters() * dtype.size()) as u64;
+    let limits = options.limits(config, device);
+    MemoryPlan::new(config, Routed { layers: routed, sparse_kv: sparse }, weights, limits, backend)
 }
 
 /// An open sequence of an [`Engine`].
@@ -137,7 +177,7 @@ impl Engine {
     /// Plans the memory, loads the weights and allocates. Errors: Memory with the sizes when it does not fit; what
     /// [`Weights::tensor`] refuses.
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
-        let mut backend = backend(options)?;
+        let mut backend = backend(options, &weights)?;
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
@@ -164,7 +204,7 @@ impl Engine {
         routing: Option<&Routing>,
         options: &Options,
     ) -> Result<MemoryPlan> {
-        plan(config, weights, routing, options, backend(options)?.as_ref())
+        plan(config, weights, routing, options, backend(options, weights)?.as_ref())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.

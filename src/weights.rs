@@ -190,6 +190,13 @@ impl Weights {
         sums
     }
 
+    /// The type that most of the model is stored in; f32 when that is none that is computed with.
+    pub fn main_dtype(&self) -> DType {
+        let dtypes = self.dtypes();
+        let of = |dtype: &DType| dtypes.get(dtype.name()).copied().unwrap_or(0);
+        [DType::F32, DType::F16, DType::BF16].into_iter().max_by_key(of).expect("three")
+    }
+
     /// What a router file remembers of its base model: 32 hex digits that hardly cost reading, yet differ between a model
     /// and its fine-tune.
     ///

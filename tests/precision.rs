@@ -70,7 +70,7 @@ fn batches_chunks_and_decode_agree_to_the_bit() {
     }
     assert_bits("by decode", &logits, &alone);
 
-    let mut chunked = stories(Options { chunk: 7, ..options(1, 64) }).unwrap();
+    let mut chunked = stories(Options { chunk: Some(7), ..options(1, 64) }).unwrap();
     let seq = chunked.open().unwrap();
     assert_bits("in chunks", chunked.prefill(&[(seq, &a)]).unwrap(), &alone);
 }

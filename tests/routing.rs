@@ -142,7 +142,7 @@ fn every_case_equals_the_masked_reference() {
 
 #[test]
 fn chunked_prefill_equals_the_masked_reference() {
-    each_prompt(|case, prompt| check_alone(case, prompt, &Options { chunk: 4, ..options(1, 64) }));
+    each_prompt(|case, prompt| check_alone(case, prompt, &Options { chunk: Some(4), ..options(1, 64) }));
 }
 
 /// A batch of uneven prompts gives every member the bits that it has alone, in prefill and decode, however it is chunked.
@@ -160,7 +160,7 @@ fn a_batch_equals_its_members_alone() {
             alone.push(rows);
         }
         for chunk in [256, 8, 3] {
-            let mut engine = case.engine(&Options { chunk, ..options(case.prompts, 64) });
+            let mut engine = case.engine(&Options { chunk: Some(chunk), ..options(case.prompts, 64) });
             let vocab = engine.config().vocab;
             let seqs: Vec<_> = prompts.iter().map(|_| engine.open().unwrap()).collect();
             let batch: Vec<_> = seqs.iter().zip(&prompts).map(|(&seq, p)| (seq, p.ints("ids"))).collect();

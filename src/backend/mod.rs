@@ -140,6 +140,10 @@ pub struct DeviceInfo {
     pub activations: DType,
     /// Storage of the KV cache.
     pub kv: DType,
+    /// What matrices are stored in when they are not read in place, as they are.
+    pub weights: Option<DType>,
+    /// Rows that should pass a layer together in prefill.
+    pub chunk: usize,
 }
 
 /// What the CPU multiplies bf16 weights with.

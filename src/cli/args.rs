@@ -3,12 +3,15 @@
 use std::path::PathBuf;
 
 use clap::Args;
+#[cfg(feature = "cuda")]
+use mindskip::backend::cuda;
 use mindskip::bundle::{Bundle, EMBEDDED};
-use mindskip::engine::{DEFAULT_CHUNK, Engine, Options, Precision};
+use mindskip::engine::{Device, Engine, Options, Precision};
 use mindskip::memory::parse_size;
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Overrides, RouterSet, RouterSettings, Select};
 use mindskip::sample::SamplerSettings;
+use mindskip::tensor::DType;
 use mindskip::{Error, Kind, Result};
 
 use super::bad;
@@ -57,6 +60,22 @@ pub struct RoutingArgs {
     mask_seed: u64,
 }
 
+fn device(text: &str) -> Result<Device> {
+    match (text, text.strip_prefix("cuda:").map(str::parse)) {
+        ("auto", _) => Ok(Device::Auto),
+        ("cpu", _) => Ok(Device::Cpu),
+        ("cuda", _) => Ok(Device::Cuda(0)),
+        (_, Some(Ok(number))) => Ok(Device::Cuda(number)),
+        #[cfg(feature = "emulate")]
+        ("emulate", _) => Ok(Device::Emulated(0)),
+        _ => bad(format!("no such device: {text}"), "give cpu, cuda, cuda:N or auto"),
+    }
+}
+fn dtype(text: &str) -> Result<DType> {
+    let all = [DType::F32, DType::F16, DType::BF16];
+    let found = all.into_iter().find(|dtype| dtype.to_string() == text);
+    found.map_or_else(|| bad(format!("no such type: {text}"), "give f32, f16 or bf16"), Ok)
+}
 fn granularity(text: &str) -> Result<Granularity> {
     text.parse()
 }
@@ -141,9 +160,12 @@ impl RoutingArgs {
 #[derive(Args)]
 #[command(next_help_heading = "Machine")]
 pub struct RunArgs {
-    /// Where to run: cpu, cuda or auto.
-    #[arg(long, default_value = "auto", value_parser = ["cpu", "cuda", "auto"])]
-    device: String,
+    /// Where to run: cpu, cuda, cuda:N, or auto, which is the first GPU if there is one.
+    #[arg(long, default_value = "auto", value_parser = device)]
+    device: Device,
+    /// On a GPU: f32, f16 or bf16 for weights, activations and K/V; as the model is stored when nothing is given.
+    #[arg(long, value_name = "DTYPE", value_parser = dtype)]
+    dtype: Option<DType>,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -157,9 +179,9 @@ pub struct RunArgs {
     /// Tokens of a sequence, prompt and answer together; no more than needed when nothing is given.
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
-    /// Tokens that pass a layer together while a prompt is read.
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_CHUNK)]
-    chunk: usize,
+    /// Tokens that pass a layer together while a prompt is read; as many as suit the device when nothing is given.
+    #[arg(long, value_name = "N")]
+    chunk: Option<usize>,
 }
 
 impl RunArgs {
@@ -172,20 +194,23 @@ impl RunArgs {
         context: usize,
         rows: usize,
     ) -> Result<Engine> {
+        #[cfg(feature = "cuda")]
+        if self.device == Device::Auto && !cuda::MODULES.is_empty() {
+            if let Err(e) = cuda::driver::present() {
+                eprintln!("mindskip: on the CPU: {e}");
+            }
+        }
         let mut engine = Engine::new(bundle.config, bundle.weights, routing, &self.options(batch, context, rows)?)?;
         engine.watch(progress::reading());
         Ok(engine)
     }
 
     pub fn options(&self, batch: usize, context: usize, rows: usize) -> Result<Options> {
-        if self.device == "cuda" {
-            return Err(
-                Error::new(Kind::Unsupported, "this build runs on the CPU only").action("use --device cpu or auto")
-            );
-        }
-        let Self { threads, memory, chunk, .. } = *self;
+        let Self { device, dtype, threads, memory, chunk, .. } = *self;
         let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
         Ok(Options {
+            device,
+            dtype,
             threads,
             precision,
             context: Some(self.context.unwrap_or(context)),

@@ -5,9 +5,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use mindskip::config::Config;
-use mindskip::engine::{Engine, Options};
+use mindskip::engine::{Device, Engine, Options};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{RouterSet, RouterSettings};
+use mindskip::tensor::DType;
 use mindskip::weights::Weights;
 use safetensors::{Dtype, SafeTensors};
 
@@ -60,9 +61,17 @@ pub fn engine(folder: &Path, routing: Option<Routing>, options: &Options) -> Eng
     Engine::new(config(folder), Weights::open(folder).unwrap(), routing, options).unwrap()
 }
 
-/// An engine over `folder` for `batch` sequences of up to `context` tokens.
+/// For `batch` sequences of up to `context` tokens.
 pub fn options(batch: usize, context: usize) -> Options {
-    Options { batch, context: Some(context), rows: Some(batch * context), threads: Some(2), ..Options::default() }
+    let (device, dtype) = match std::env::var("MINDSKIP_TEST_DEVICE").as_deref() {
+        #[cfg(feature = "emulate")]
+        Ok("emulate") => (Device::Emulated(1), Some(DType::F32)),
+        Ok("cuda") => (Device::Cuda(0), Some(DType::F32)),
+        Ok(other) => panic!("MINDSKIP_TEST_DEVICE is {other}"),
+        Err(_) => (Device::Cpu, None),
+    };
+    let (context, rows, threads) = (Some(context), Some(batch * context), Some(2));
+    Options { device, dtype, batch, context, rows, threads, ..Options::default() }
 }
 
 /// Routing by a router file, with settings of the caller's.
@@ -101,8 +110,11 @@ pub fn assert_close(what: &str, actual: &[f32], expected: &[f32], rtol: f32) {
     }
 }
 
-/// Same numbers to the last bit; NaN fails.
+/// Same numbers to the last bit; NaN fails. GPUs multiply few rows and many by different kernels, which are close.
 pub fn assert_bits(what: &str, actual: &[f32], expected: &[f32]) {
+    if options(1, 1).device != Device::Cpu {
+        return assert_close(what, actual, expected, 1e-5);
+    }
     assert_eq!(actual.len(), expected.len(), "{what}: lengths");
     for (i, (a, b)) in actual.iter().zip(expected).enumerate() {
         assert!(a.to_bits() == b.to_bits() && a.is_finite(), "{what}: element {i} is {a:?}, expected {b:?}");

@@ -102,6 +102,9 @@ impl CpuBackend {
                 free_memory: machine::memory().1,
                 activations: DType::F32,
                 kv: DType::F32,
+                weights: None,
+                // The activations of 256 rows of a 135M model stay in the caches.
+                chunk: 256,
             },
             threads,
             weights: Vec::new(),

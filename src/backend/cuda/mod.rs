@@ -113,6 +113,9 @@ impl CudaBackend {
             free_memory: Some(described.free_memory.saturating_sub((Accounts::bytes() + 4 * STAGED) as u64)),
             activations: dtype,
             kv: dtype,
+            weights: Some(dtype),
+            // Products of 4096 rows are long enough for cuBLASLt's best rate (expected).
+            chunk: 4096,
         };
         Ok(CudaBackend {
             device,

@@ -45,6 +45,8 @@ impl Reference {
                 free_memory: None,
                 activations: types.activations,
                 kv: types.kv,
+                weights: None,
+                chunk: 256,
             },
             weights: Vec::new(),
             halves: Vec::new(),
