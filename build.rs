@@ -100,7 +100,7 @@ fn compile(folder: &Path, end: &str, jobs: Vec<(PathBuf, Command)>, version: &st
             // What ptxas says of registers and spills.
             let said = [run.stdout, run.stderr].concat();
             fs::write(output.with_extension("log"), said)
-                .and_then(|()| fs::rename(&unfinished, &*output))
+                .and_then(|()| fs::rename(&unfinished, *output))
                 .unwrap_or_else(|e| fail(format!("{}: {e}", output.display())));
         }
     };

@@ -128,18 +128,27 @@ KERNEL(bias_f32, BiasArgs, THREADS) { bias<float>(args); }
 KERNEL(bias_f16, BiasArgs, THREADS) { bias<f16>(args); }
 KERNEL(bias_bf16, BiasArgs, THREADS) { bias<bf16>(args); }
 
+// Logits of a row that a thread has under way: there are few rows, and rows are long.
+constexpr int AHEAD = 8;
+
 KERNEL(logprobs, LogProbsArgs, THREADS) {
     __shared__ float room[WARP], sums[WARP];
     const float* row = args.logits + (size_t)blockIdx.x * args.vocab;
     // The highest logit and the sum of exp(logit - highest) in one pass; a NaN stays in the sum.
     float top = -INF, sum = 0;
-    for (uint32_t i = threadIdx.x; i < args.vocab; i += blockDim.x) {
-        const float x = row[i];
-        if (x > top) {
-            sum = sum * expf(top - x) + 1;
-            top = x;
-        } else if (!(x == -INF)) {
-            sum += expf(x - top);
+    const uint32_t step = blockDim.x;
+    for (uint32_t at = threadIdx.x; at < args.vocab; at += AHEAD * step) {
+        float x[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) x[i] = at + i * step < args.vocab ? row[at + i * step] : -INF;
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            if (x[i] > top) {
+                sum = sum * expf(top - x[i]) + 1;
+                top = x[i];
+            } else if (!(x[i] == -INF)) {
+                sum += expf(x[i] - top);
+            }
         }
     }
     const float warp_top = warp_max(top);

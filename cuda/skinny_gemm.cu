@@ -1,9 +1,9 @@
 // Products of few rows, as in decode: weights are streamed past the rows once, so what counts is the bandwidth of memory.
 //
 // The rows are read through their index and their number from the device; a block that has none ends before it reads a
-// weight. Weights go from memory straight into the registers of the tensor cores as their left operand, 16 bytes a lane:
-// lane 4g + t takes numbers 8t to 8t + 7 of 32 along k for weight rows g and g + 8, and of the sources likewise, which is
-// another order along k than the one that mma means, but the same for both operands, and sums do not mind.
+// weight. Weights are the left operand of the tensor cores, 16 bytes a lane: lane 4g + t takes numbers 8t to 8t + 7 of 32
+// along k for weight rows g and g + 8, and of the sources likewise, which is another order along k than the one that mma
+// means, but the same for both operands, and sums do not mind.
 
 #include "common.cuh"
 
@@ -48,11 +48,18 @@ __device__ void note(const SkinnyArgs& args) {
 
 // A block takes 16 * BANDS columns for 8 * TILES rows; its warps take turns along k. More rows than 64 are a matter of
 // blockIdx.y. With many rows more columns a block keep the sources' share of the traffic low: each block reads them all.
+//
+// Operands come by asynchronous copies, STAGES - 1 steps ahead: ptxas moves loads into registers back behind the products
+// that come before them, and one step under way does not fill the memory's pipe. A thread reads what it has copied itself,
+// so there is no barrier. Dynamic shared memory: STAGES * THREADS * 16 bytes for each of UNITS.
+constexpr int STAGES = 4;
+
 template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyArgs& args) {
     constexpr int BANDS = TILES >= 4 && EPILOGUE != SWIGLU ? 2 : 1, PARTS = EPILOGUE == SWIGLU ? 2 : 1;
-    // Steps whose weights are under way together: 64 bytes a thread, 32 KiB a multiprocessor that has two blocks.
-    constexpr int AHEAD = 2 / BANDS / PARTS;
+    // Pieces of 16 bytes that a thread copies for a step: weights, and of few rows the sources.
+    constexpr int WEIGHTS = 2 * BANDS * PARTS, SOURCES = TILES <= 2 ? TILES : 0, UNITS = WEIGHTS + SOURCES;
     constexpr int COLUMNS = 16 * BANDS, ROWS = 8 * TILES, STEP = 32;
+    extern __shared__ uint4 shared[];
     note(args);
     uint32_t block = blockIdx.x;
     const Product& of = product_of<EPILOGUE>(args, block, COLUMNS);
@@ -68,66 +75,66 @@ template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyA
         const uint32_t i = min(row0 + 8 * j + g, n - 1);
         source[j] = (EPILOGUE == STORE ? rows.index[i] - args.base : i) * k;
     }
-    const T* weights[PARTS][BANDS][2];
+    const T* weights[WEIGHTS];
 #pragma unroll
-    for (int part = 0; part < PARTS; part++) {
-        const T* weight = (const T*)(PARTS == 2 ? args.of[part].weight : of.weight);
-#pragma unroll
-        for (int b = 0; b < 2 * BANDS; b++) {
-            weights[part][b / 2][b % 2] = weight + (size_t)min(column0 + 8 * b + g, of.n - 1) * k;
-        }
+    for (int i = 0; i < WEIGHTS; i++) {
+        const T* weight = (const T*)(PARTS == 2 ? args.of[i / 2].weight : of.weight);
+        const uint32_t column = column0 + 8 * (PARTS == 2 ? i % 2 : i) + g;
+        weights[i] = weight + (size_t)min(column, of.n - 1) * k;
     }
 
-    // The weights of the next steps are under way while those of these steps are multiplied. Beyond k they are read again
-    // instead, and the sources are zero: without branches the loads are issued together.
-    struct Weights {
-        uint4 of[AHEAD][PARTS][BANDS][2];
-    };
-    const auto load = [&](uint32_t k0) {
-        Weights w;
+    uint4* own = shared + threadIdx.x;
+    const auto copy = [&](uint32_t step) {
+        const uint32_t at = (step * WARPS + warp) * STEP + 8 * t;
+        uint4* stage = own + step % STAGES * (UNITS * THREADS);
+        if (at < k) {
 #pragma unroll
-        for (int ahead = 0; ahead < AHEAD; ahead++) {
-            const uint32_t at = min(k0 + ahead * WARPS * STEP + 8 * t, k - 8);
+            for (int i = 0; i < WEIGHTS; i++) copy_async(stage + i * THREADS, weights[i] + at);
 #pragma unroll
-            for (int part = 0; part < PARTS; part++)
-#pragma unroll
-                for (int b = 0; b < 2 * BANDS; b++)
-                    w.of[ahead][part][b / 2][b % 2] = load_once(weights[part][b / 2][b % 2] + at);
+            for (int j = 0; j < SOURCES; j++) {
+                copy_async(stage + (WEIGHTS + j) * THREADS, (const T*)args.src + source[j] + at);
+            }
         }
-        return w;
+        copy_commit();
     };
     float sums[PARTS][BANDS][TILES][4] = {};
-    const auto multiply = [&](const Weights& w, uint32_t k0) {
+    const auto multiply = [&](uint32_t step) {
+        const uint32_t at = (step * WARPS + warp) * STEP + 8 * t;
+        const uint4* stage = own + step % STAGES * (UNITS * THREADS);
+        // Beyond k nothing was copied.
+        const auto read = [&](const uint4* from) { return at < k ? *from : make_uint4(0, 0, 0, 0); };
+        uint4 w[WEIGHTS];
 #pragma unroll
-        for (int ahead = 0; ahead < AHEAD; ahead++) {
-            const uint32_t at = k0 + ahead * WARPS * STEP + 8 * t;
+        for (int i = 0; i < WEIGHTS; i++) w[i] = read(stage + i * THREADS);
 #pragma unroll
-            for (int j = 0; j < TILES; j++) {
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (at < k) x = *(const uint4*)((const T*)args.src + source[j] + at);
-                const uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
+        for (int j = 0; j < TILES; j++) {
+            const uint4 x = read(j < SOURCES ? stage + (WEIGHTS + j) * THREADS
+                                             : (const uint4*)((const T*)args.src + source[j] + at));
+            const uint32_t low[2] = {x.x, x.y}, high[2] = {x.z, x.w};
 #pragma unroll
-                for (int part = 0; part < PARTS; part++)
-#pragma unroll
-                    for (int b = 0; b < BANDS; b++) {
-                        const uint4 &u = w.of[ahead][part][b][0], &v = w.of[ahead][part][b][1];
-                        const uint32_t first[4] = {u.x, v.x, u.y, v.y}, second[4] = {u.z, v.z, u.w, v.w};
-                        multiply_add<T>(sums[part][b][j], first, low);
-                        multiply_add<T>(sums[part][b][j], second, high);
-                    }
+            for (int i = 0; i < WEIGHTS; i += 2) {
+                const uint32_t first[4] = {w[i].x, w[i + 1].x, w[i].y, w[i + 1].y};
+                const uint32_t second[4] = {w[i].z, w[i + 1].z, w[i].w, w[i + 1].w};
+                float(&sum)[4] = sums[PARTS == 2 ? i / 2 : 0][PARTS == 2 ? 0 : i / 2][j];
+                multiply_add<T>(sum, first, low);
+                multiply_add<T>(sum, second, high);
             }
         }
     };
-    constexpr uint32_t ALL = WARPS * STEP * AHEAD;
-    Weights w = load(warp * STEP);
-    for (uint32_t k0 = warp * STEP; k0 < k; k0 += ALL) {
-        const Weights next = load(k0 + ALL);
-        multiply(w, k0);
-        w = next;
+    const uint32_t steps = (k + WARPS * STEP - 1) / (WARPS * STEP);
+#pragma unroll
+    for (int step = 0; step < STAGES - 1; step++) copy(step);
+    for (uint32_t step = 0; step < steps; step++) {
+        copy(step + STAGES - 1);
+        copy_wait<STAGES - 1>();
+        multiply(step);
     }
+    copy_wait<0>();
+    __syncthreads();  // the stages become room for sums
 
     // The warps' sums, band by band, always added in the same order.
-    __shared__ float room[WARPS][ROWS][16 + 1];
+    float(*room)[ROWS][16 + 1] = (float(*)[ROWS][16 + 1])shared;
+    static_assert(sizeof(float) * WARPS * ROWS * (16 + 1) <= 16 * STAGES * UNITS * THREADS);
     constexpr int EACH = (ROWS * 16 + THREADS - 1) / THREADS;
 #pragma unroll
     for (int b = 0; b < BANDS; b++) {

@@ -7,7 +7,7 @@ pub use crate::backend::Precision;
 use crate::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{self, CudaBackend};
-use crate::backend::{Backend, DeviceInfo, KvLayout, Meter, Take, mean, sigmoid};
+use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, Take, mean, sigmoid};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::kv::Slot;
@@ -87,6 +87,8 @@ impl Options {
 
 /// Errors: Device and Argument when what was asked for is not there.
 fn backend(options: &Options, weights: &Weights) -> Result<Box<dyn Backend>> {
+    #[cfg(not(feature = "cuda"))]
+    let _ = weights;
     let cpu = || Ok(Box::new(CpuBackend::new(options.threads, options.precision)?) as Box<dyn Backend>);
     #[cfg(feature = "cuda")]
     let gpu = |device| Ok(Box::new(CudaBackend::new(device, options.dtype.unwrap_or(weights.main_dtype()))?) as _);
@@ -398,6 +400,11 @@ impl Engine {
     /// FLOPs, bytes and calls by op since the engine was built or [`clear_counts`](Self::clear_counts).
     pub fn meter(&mut self) -> &Meter {
         self.backend.meter()
+    }
+
+    /// Launches, waits and copies of a GPU since the engine was built; zeros on the CPU.
+    pub fn counters(&self) -> Counters {
+        self.backend.counters()
     }
 
     /// Tokens that a sequence holds; 0 for one that is not open here.

@@ -194,6 +194,23 @@ impl Meter {
     }
 }
 
+/// What a device was asked for since it was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Kernels and products that were sent one by one.
+    pub launches: u64,
+    /// Recorded runs that were sent again.
+    pub replays: u64,
+    /// Times the host waited for the device.
+    pub syncs: u64,
+    /// Copies from and to the host, and their bytes.
+    pub copies_in: u64,
+    pub bytes_in: u64,
+    pub copies_out: u64,
+    pub bytes_out: u64,
+    pub allocations: u64,
+}
+
 /// A device with memory, a KV pool and the [`Ops`].
 pub trait Backend: Ops + Send {
     fn info(&self) -> &DeviceInfo;
@@ -239,6 +256,11 @@ pub trait Backend: Ops + Send {
     ) -> Result<()>;
 
     fn meter(&mut self) -> &mut Meter;
+
+    /// What a device was asked for; nothing on the CPU.
+    fn counters(&self) -> Counters {
+        Counters::default()
+    }
 }
 
 /// The score behind a router logit.

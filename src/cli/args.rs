@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use mindskip::Result;
 #[cfg(feature = "cuda")]
 use mindskip::backend::cuda;
 use mindskip::bundle::{Bundle, EMBEDDED};
@@ -12,7 +13,6 @@ use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Overrides, RouterSet, RouterSettings, Select};
 use mindskip::sample::SamplerSettings;
 use mindskip::tensor::DType;
-use mindskip::{Error, Kind, Result};
 
 use super::bad;
 use super::progress;
@@ -195,10 +195,11 @@ impl RunArgs {
         rows: usize,
     ) -> Result<Engine> {
         #[cfg(feature = "cuda")]
-        if self.device == Device::Auto && !cuda::MODULES.is_empty() {
-            if let Err(e) = cuda::driver::present() {
-                eprintln!("mindskip: on the CPU: {e}");
-            }
+        if self.device == Device::Auto
+            && !cuda::MODULES.is_empty()
+            && let Err(e) = cuda::driver::present()
+        {
+            eprintln!("mindskip: on the CPU: {e}");
         }
         let mut engine = Engine::new(bundle.config, bundle.weights, routing, &self.options(batch, context, rows)?)?;
         engine.watch(progress::reading());

@@ -3,6 +3,7 @@
 
 use std::ffi::c_void;
 
+pub use crate::backend::Counters;
 use crate::error::Result;
 use crate::tensor::DType;
 
@@ -67,23 +68,6 @@ pub struct Description {
     /// Bytes in all, and free when the device was opened.
     pub memory: u64,
     pub free_memory: u64,
-}
-
-/// What a device was asked for since it was opened.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Kernels and products that were sent one by one.
-    pub launches: u64,
-    /// Recorded runs that were sent again.
-    pub replays: u64,
-    /// Times the host waited for the device.
-    pub syncs: u64,
-    /// Copies from and to the host, and their bytes.
-    pub copies_in: u64,
-    pub bytes_in: u64,
-    pub copies_out: u64,
-    pub bytes_out: u64,
-    pub allocations: u64,
 }
 
 /// A device with one stream: what is asked of it happens in order. What runs there may fail later; the next call that

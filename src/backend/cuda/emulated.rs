@@ -201,10 +201,10 @@ fn product(g: &Gemm) {
     };
     let (weight, src) = (read(g.weight, g.n * g.k, g.dtype), read(g.src, g.m * g.k, g.dtype));
     let before = if g.add { read(g.out, g.m * g.n, g.out_dtype) } else { vec![0.0; g.m * g.n] };
-    for i in 0..g.m * g.n {
+    for (i, before) in before.into_iter().enumerate() {
         let (row, column) = (i / g.n, i % g.n);
         let terms = src[row * g.k..][..g.k].iter().zip(&weight[column * g.k..][..g.k]);
-        let sum = before[i] + terms.map(|(a, b)| a * b).sum::<f64>();
+        let sum = before + terms.map(|(a, b)| a * b).sum::<f64>();
         // SAFETY: as above.
         unsafe {
             match g.out_dtype {

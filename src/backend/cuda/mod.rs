@@ -1,7 +1,7 @@
 //! The CUDA backend: the ops as launches of our kernels, and of cuBLASLt's products where there are many rows.
 //!
 //! What the host writes is gathered and sent with the next launch. What it does not know, the number of active rows in
-//! decode, stays on the device: kernels read it there, and add up what they did ([`work`]). A decode step is recorded once
+//! decode, stays on the device: kernels read it there, and add up what they did (`work.rs`). A decode step is recorded once
 //! for each number of sequences and then sent as a whole.
 
 pub mod device;
@@ -25,7 +25,7 @@ use half::{bf16, f16};
 use super::*;
 use crate::error::{Error, Kind, ensure};
 use crate::tensor::{DType, Tensor};
-use device::{Address, Counters, Device, Graph};
+use device::{Address, Device, Graph};
 use ops::Functions;
 use work::Accounts;
 
@@ -41,6 +41,8 @@ mod built {
     pub const NVCC: &str = "";
 }
 pub use built::*;
+
+const _: () = assert!(PAGE == kernels::KV_PAGE as usize);
 
 /// Elements of the buffer that takes what the host writes.
 const STAGED: usize = 1 << 16;
@@ -134,11 +136,6 @@ impl CudaBackend {
             graphs: HashMap::new(),
             recording: false,
         })
-    }
-
-    /// What the device was asked for so far.
-    pub fn counters(&self) -> &Counters {
-        self.device.counters()
     }
 
     fn region(&mut self, bytes: usize) -> Result<Region> {
@@ -319,5 +316,9 @@ impl Backend for CudaBackend {
     fn meter(&mut self) -> &mut Meter {
         let _ = self.accounts.collect(self.device.as_mut());
         &mut self.accounts.meter
+    }
+
+    fn counters(&self) -> Counters {
+        *self.device.counters()
     }
 }

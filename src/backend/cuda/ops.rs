@@ -225,12 +225,17 @@ impl CudaBackend {
     /// The kernel for so many rows, and its launch over the columns of some products.
     fn skinny(&self, kernels: [Function; 4], bound: usize, columns: &[usize], swiglu: bool) -> (Function, Launch) {
         let tile = TILES.iter().position(|&rows| bound <= rows).unwrap_or(3);
-        let (rows, wide) = match self.info.activations {
-            DType::F32 => (8, 8),
-            _ => (TILES[tile], if tile >= 2 && !swiglu { 32 } else { 16 }),
+        let (rows, wide, shared) = match self.info.activations {
+            DType::F32 => (8, 8, 0),
+            _ => {
+                let (bands, parts) = (if tile >= 2 && !swiglu { 2 } else { 1 }, if swiglu { 2 } else { 1 });
+                let sources = if tile < 2 { tile + 1 } else { 0 };
+                (TILES[tile], 16 * bands, 4 * 256 * 16 * (2 * bands * parts + sources))
+            }
         };
         let blocks = columns.iter().map(|n| n.div_ceil(wide)).sum::<usize>();
-        (kernels[tile], Launch { grid: [blocks as u32, bound.div_ceil(rows) as u32, 1], threads: 256, shared: 0 })
+        let grid = [blocks as u32, bound.div_ceil(rows) as u32, 1];
+        (kernels[tile], Launch { grid, threads: 256, shared: shared as u32 })
     }
 
     fn product(&self, weight: Weight, src: Address, m: usize, out: Address, out_dtype: DType) -> Gemm {

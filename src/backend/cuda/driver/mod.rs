@@ -5,7 +5,6 @@
 //! sent since the host had last waited, for one of these it was.
 //!
 //! A call that fails while steps are recorded ends the recording, and so the next call runs at once again.
-#![allow(dead_code)]
 
 mod blas;
 mod probe;

@@ -1,0 +1,130 @@
+//! The CUDA backend on the emulator, beyond what MINDSKIP_TEST_DEVICE=emulate runs on it: 16 bits, recorded steps, faults.
+
+mod common;
+
+use common::*;
+use mindskip::Kind;
+use mindskip::bundle::Bundle;
+use mindskip::engine::{Device, Engine, Options, Seq};
+use mindskip::model::Routing;
+use mindskip::router::{Keys, RouterSettings};
+use mindskip::tensor::DType;
+
+fn stories(options: Options, settings: impl Fn(RouterSettings) -> RouterSettings) -> mindskip::Result<Engine> {
+    let bundle = Bundle::embedded()?;
+    let mut routers = bundle.routers.clone().expect("routers");
+    routers.settings = settings(routers.settings);
+    Engine::new(bundle.config, bundle.weights, Some(Routing::routers(routers)), &options)
+}
+
+fn emulated(dtype: DType, batch: usize) -> Options {
+    Options { device: Device::Emulated(3), dtype: Some(dtype), ..options(batch, 128) }
+}
+
+/// In 16 bits, log-probabilities of the embedded model are as far from those of f32 as roundings make them.
+#[test]
+fn sixteen_bits_stay_close_to_f32() {
+    let prompt = ids(40, 1536, 1);
+    let score = |options: Options| {
+        let bundle = Bundle::embedded().unwrap();
+        let mut engine = Engine::new(bundle.config, bundle.weights, None, &options).unwrap();
+        let seq = engine.open().unwrap();
+        engine.prefill(&[(seq, &prompt)]).unwrap();
+        engine.logprobs(&prompt[1..]).unwrap()
+    };
+    let exact = score(Options { device: Device::Cpu, dtype: None, ..options(1, 128) });
+    // Measured: 1.9e-7, 2.8e-4 and 1.6e-3 of the largest.
+    for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 1e-3), (DType::BF16, 8e-3)] {
+        assert_close(&format!("{dtype}"), &score(emulated(dtype, 1)), &exact, tolerance);
+    }
+}
+
+/// The tokens that a batch makes, and what each of the steps asked of the device.
+fn decode(engine: &mut Engine, prompts: &[Vec<u32>], steps: usize) -> Vec<Vec<u32>> {
+    let seqs: Vec<Seq> = prompts.iter().map(|_| engine.open().unwrap()).collect();
+    let vocab = engine.config().vocab;
+    let inputs: Vec<_> = seqs.iter().zip(prompts).map(|(&seq, prompt)| (seq, &prompt[..])).collect();
+    let mut logits = engine.prefill(&inputs).unwrap().to_vec();
+    let mut made = vec![Vec::new(); seqs.len()];
+    for _ in 0..steps {
+        let next: Vec<_> = logits.chunks(vocab).map(argmax).collect();
+        made.iter_mut().zip(&next).for_each(|(made, &id)| made.push(id));
+        let inputs: Vec<_> = seqs.iter().copied().zip(next).collect();
+        logits = engine.decode(&inputs).unwrap().to_vec();
+    }
+    seqs.into_iter().for_each(|seq| engine.close(seq).unwrap());
+    made
+}
+
+/// A recorded step gives what the CPU computes, also when it is used again by other sequences, of other lengths, in other
+/// slots, with other decisions; and a step is one recording, with what the host writes before it and reads after it.
+#[test]
+fn recorded_steps_are_replayed_with_new_inputs() {
+    for keys in [Keys::All, Keys::Active] {
+        let settings = |s: RouterSettings| RouterSettings { keys, ..s };
+        let mut cpu = stories(Options { device: Device::Cpu, dtype: None, ..options(3, 128) }, settings).unwrap();
+        let mut gpu = stories(emulated(DType::F32, 3), settings).unwrap();
+        let prompts: Vec<Vec<u32>> = [5, 17, 61].map(|n| ids(n, 1536, n as u64)).to_vec();
+        for batch in [&prompts[..1], &prompts[1..], &prompts[..], &prompts[2..]] {
+            assert_eq!(decode(&mut gpu, batch, 6), decode(&mut cpu, batch, 6), "keys {keys}");
+        }
+        assert_eq!(gpu.activity().unwrap(), cpu.activity().unwrap(), "keys {keys}");
+        assert_eq!(gpu.meter().kv_rows, cpu.meter().kv_rows);
+
+        let seq = gpu.open().unwrap();
+        gpu.prefill(&[(seq, &prompts[1])]).unwrap();
+        gpu.decode(&[(seq, 3)]).unwrap();
+        for step in 0..5 {
+            let before = gpu.counters();
+            gpu.decode(&[(seq, 3 + step)]).unwrap();
+            let after = gpu.counters();
+            let what = format!("step {step}: {before:?} {after:?}");
+            assert_eq!(after.replays - before.replays, 1, "{what}");
+            assert_eq!(after.allocations, before.allocations, "{what}");
+            // The inputs are one copy and one launch, the counts of the step before and the logits are one copy each.
+            assert_eq!(after.launches - before.launches, 1, "{what}");
+            assert_eq!((after.copies_in - before.copies_in, after.copies_out - before.copies_out), (1, 2), "{what}");
+        }
+    }
+}
+
+/// A prefill reads back 4 bytes for each routed layer, and the logits.
+#[test]
+fn prefill_reads_one_count_for_each_routed_layer() {
+    let mut engine = stories(emulated(DType::F32, 1), |s| s).unwrap();
+    let (vocab, routed) = (engine.config().vocab as u64, engine.routing().unwrap().layers.len() as u64);
+    let seq = engine.open().unwrap();
+    let before = engine.counters();
+    engine.prefill(&[(seq, &ids(30, 1536, 1))]).unwrap();
+    let after = engine.counters();
+    assert_eq!(after.bytes_out - before.bytes_out, 4 * routed + 4 * vocab);
+    assert_eq!(after.copies_out - before.copies_out, routed + 1);
+}
+
+/// Orders of threads, and of the blocks of a launch, change nothing.
+#[test]
+fn the_order_of_threads_does_not_matter() {
+    let prompt = ids(33, 1536, 9);
+    let logits = |seed| {
+        let options = Options { device: Device::Emulated(seed), ..emulated(DType::BF16, 1) };
+        let mut engine = stories(options, |s| s).unwrap();
+        let seq = engine.open().unwrap();
+        engine.prefill(&[(seq, &prompt)]).unwrap().to_vec()
+    };
+    let first = logits(1);
+    for seed in 2..5 {
+        assert_eq!(logits(seed), first, "seed {seed}");
+    }
+}
+
+#[test]
+fn what_the_kernels_do_not_take_is_refused() {
+    let folder = goldens().join("routing/model");
+    let mut small = config(&folder);
+    (small.heads, small.kv_heads, small.head_dim) = (8, 4, 8);
+    let weights = mindskip::weights::Weights::open(&folder).unwrap();
+    let options = Options { device: Device::Emulated(1), ..options(1, 64) };
+    let error = Engine::new(small, weights, None, &options).err().unwrap();
+    assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+    assert!(error.to_string().ends_with("use --device cpu"), "{error}");
+}
