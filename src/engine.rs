@@ -85,19 +85,24 @@ impl Options {
     }
 }
 
-/// Errors: Device and Argument when what was asked for is not there.
-fn backend(options: &Options, weights: &Weights) -> Result<Box<dyn Backend>> {
+/// Errors: Device and Unsupported when what was asked for is not there. `fallback`: why there is no GPU for Auto.
+fn backend(options: &Options, weights: &Weights, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
     #[cfg(not(feature = "cuda"))]
-    let _ = weights;
+    let _ = (weights, fallback);
     let cpu = || Ok(Box::new(CpuBackend::new(options.threads, options.precision)?) as Box<dyn Backend>);
     #[cfg(feature = "cuda")]
     let gpu = |device| Ok(Box::new(CudaBackend::new(device, options.dtype.unwrap_or(weights.main_dtype()))?) as _);
     match options.device {
         Device::Cpu => cpu(),
         #[cfg(feature = "cuda")]
-        Device::Auto if !cuda::MODULES.is_empty() && cuda::driver::present().is_ok() => {
-            gpu(Box::new(cuda::driver::Driver::open(0, cuda::MODULES)?))
-        }
+        Device::Auto if !cuda::MODULES.is_empty() => match cuda::driver::Driver::open(0, cuda::MODULES) {
+            Ok(driver) => gpu(Box::new(driver)),
+            Err(e) if e.kind() == Kind::Device => {
+                *fallback = Some(e);
+                cpu()
+            }
+            Err(e) => Err(e),
+        },
         Device::Auto => cpu(),
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => gpu(Box::new(cuda::driver::Driver::open(ordinal, cuda::MODULES)?)),
@@ -165,6 +170,7 @@ pub struct Engine {
     model: Model,
     state: State,
     backend: Box<dyn Backend>,
+    fallback: Option<Error>,
     /// Kept to name a NaN weight when logits turn out not to be finite.
     weights: Weights,
     /// `[slots]`: tokens processed so far.
@@ -179,7 +185,8 @@ impl Engine {
     /// Plans the memory, loads the weights and allocates. Errors: Memory with the sizes when it does not fit; what
     /// [`Weights::tensor`] refuses.
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
-        let mut backend = backend(options, &weights)?;
+        let mut fallback = None;
+        let mut backend = backend(options, &weights, &mut fallback)?;
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
@@ -192,6 +199,7 @@ impl Engine {
             model,
             state,
             backend,
+            fallback,
             weights,
             positions: vec![0; slots],
             open: vec![None; slots],
@@ -206,7 +214,7 @@ impl Engine {
         routing: Option<&Routing>,
         options: &Options,
     ) -> Result<MemoryPlan> {
-        plan(config, weights, routing, options, backend(options, weights)?.as_ref())
+        plan(config, weights, routing, options, backend(options, weights, &mut None)?.as_ref())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.
@@ -400,6 +408,11 @@ impl Engine {
     /// FLOPs, bytes and calls by op since the engine was built or [`clear_counts`](Self::clear_counts).
     pub fn meter(&mut self) -> &Meter {
         self.backend.meter()
+    }
+
+    /// Why [`Device::Auto`] is the CPU, in a build that has kernels for GPUs.
+    pub fn fallback(&self) -> Option<&Error> {
+        self.fallback.as_ref()
     }
 
     /// Launches, waits and copies of a GPU since the engine was built; zeros on the CPU.

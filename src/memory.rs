@@ -147,7 +147,7 @@ impl MemoryPlan {
             intermediate: config.intermediate,
             heads: config.heads,
         };
-        let workspace = be.workspace(&largest, &kv) as u64;
+        let workspace = be.workspace(&largest, &kv)? as u64;
         let mut plan = MemoryPlan { limits, available, weights, arena, ints, workspace, kv, buffers };
         if let Some(available) = available {
             // Room for all that the dense layers keep, and the first page of the others; how much more they need is known

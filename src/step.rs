@@ -295,7 +295,7 @@ impl State {
 
     /// Learns what the last step did: decisions, K/V lengths after decode, activity.
     pub fn settle(&mut self, be: &mut dyn Backend, model: &Model) -> Result<()> {
-        if !std::mem::take(&mut self.unsettled) {
+        if !self.unsettled {
             return Ok(());
         }
         let (layers, cuts, seqs) = (self.plan.kv.layers, self.cuts.len(), self.seqs.len());
@@ -325,6 +325,7 @@ impl State {
         for layer in 0..layers {
             self.activity.active[layer] += u64::from(self.counts[(layer + 1) * cuts - 1]);
         }
+        self.unsettled = false;
         Ok(())
     }
 

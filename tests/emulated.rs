@@ -73,6 +73,8 @@ fn recorded_steps_are_replayed_with_new_inputs() {
 
         let seq = gpu.open().unwrap();
         gpu.prefill(&[(seq, &prompts[1])]).unwrap();
+        // Only what is met twice is recorded.
+        gpu.decode(&[(seq, 3)]).unwrap();
         gpu.decode(&[(seq, 3)]).unwrap();
         for step in 0..5 {
             let before = gpu.counters();
@@ -127,4 +129,28 @@ fn what_the_kernels_do_not_take_is_refused() {
     let error = Engine::new(small, weights, None, &options).err().unwrap();
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");
     assert!(error.to_string().ends_with("use --device cpu"), "{error}");
+}
+
+/// More sequences than the streaming products take at a time, and fewer from step to step.
+#[test]
+fn large_batches_shrink() {
+    let settings = |s: RouterSettings| RouterSettings { keys: Keys::Active, ..s };
+    let prompts: Vec<Vec<u32>> = (0..70).map(|i| ids(1 + i % 3, 1536, i as u64)).collect();
+    let run = |options: Options| {
+        let mut engine = stories(Options { context: Some(16), ..options }, settings).unwrap();
+        let mut seqs: Vec<Seq> = prompts.iter().map(|_| engine.open().unwrap()).collect();
+        let inputs: Vec<_> = seqs.iter().zip(&prompts).map(|(&seq, prompt)| (seq, &prompt[..])).collect();
+        engine.prefill(&inputs).unwrap();
+        let mut logits = Vec::new();
+        for drop in [0, 0, 3, 0, 0, 60, 0, 0] {
+            seqs.drain(..drop).for_each(|seq| engine.close(seq).unwrap());
+            let inputs: Vec<_> = seqs.iter().map(|&seq| (seq, 7)).collect();
+            logits = engine.decode(&inputs).unwrap().to_vec();
+        }
+        (logits, engine.activity().unwrap().clone(), engine.kv_usage().unwrap())
+    };
+    let cpu = run(Options { device: Device::Cpu, dtype: None, ..options(70, 16) });
+    let gpu = run(emulated(DType::F32, 70));
+    assert_close("logits", &gpu.0, &cpu.0, 1e-5);
+    assert_eq!((gpu.1, gpu.2), (cpu.1, cpu.2));
 }

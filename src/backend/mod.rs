@@ -219,9 +219,10 @@ pub trait Backend: Ops + Send {
     fn upload(&mut self, tensor: &Tensor) -> Result<Weight>;
 
     /// Bytes that the ops need beside their buffers, for steps up to the largest.
-    fn workspace(&self, largest: &Largest, kv: &KvLayout) -> usize {
+    /// Errors: Unsupported for shapes that it does not take.
+    fn workspace(&self, largest: &Largest, kv: &KvLayout) -> Result<usize> {
         let _ = (largest, kv);
-        0
+        Ok(0)
     }
 
     /// Allocates the arenas (bytes of activations, u32 elements), the workspace and the KV pool. Called once.

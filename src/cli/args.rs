@@ -4,8 +4,6 @@ use std::path::PathBuf;
 
 use clap::Args;
 use mindskip::Result;
-#[cfg(feature = "cuda")]
-use mindskip::backend::cuda;
 use mindskip::bundle::{Bundle, EMBEDDED};
 use mindskip::engine::{Device, Engine, Options, Precision};
 use mindskip::memory::parse_size;
@@ -194,14 +192,10 @@ impl RunArgs {
         context: usize,
         rows: usize,
     ) -> Result<Engine> {
-        #[cfg(feature = "cuda")]
-        if self.device == Device::Auto
-            && !cuda::MODULES.is_empty()
-            && let Err(e) = cuda::driver::present()
-        {
-            eprintln!("mindskip: on the CPU: {e}");
-        }
         let mut engine = Engine::new(bundle.config, bundle.weights, routing, &self.options(batch, context, rows)?)?;
+        if let Some(why) = engine.fallback() {
+            eprintln!("mindskip: on the CPU: {why}");
+        }
         engine.watch(progress::reading());
         Ok(engine)
     }

@@ -17,7 +17,7 @@ mod kernels;
 mod ops;
 mod work;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 
 use half::{bf16, f16};
@@ -44,6 +44,9 @@ pub use built::*;
 
 const _: () = assert!(PAGE == kernels::KV_PAGE as usize);
 
+/// Bytes that the plan leaves alone: recorded steps, what the driver loads later, the rounding of allocations.
+const KEPT_FREE: u64 = 512 << 20;
+
 /// Elements of the buffer that takes what the host writes.
 const STAGED: usize = 1 << 16;
 
@@ -63,8 +66,12 @@ pub struct CudaBackend {
     /// What the host has written and not sent: runs of [offset, length, values...], and where each begins.
     runs: Vec<u32>,
     starts: Vec<u32>,
+    /// The same runs: ends by offset.
+    pending: BTreeMap<usize, usize>,
+    words: Vec<u32>,
     staged: Address,
-    graphs: HashMap<StepKey, Recorded>,
+    /// Steps that were met: None after the first time, as many are met only once.
+    graphs: HashMap<StepKey, Option<Recorded>>,
     recording: bool,
 }
 
@@ -101,6 +108,11 @@ struct Pool {
     lens: usize,
 }
 
+/// Bytes of page tables, lengths and tickets.
+fn books(kv: &KvLayout) -> usize {
+    4 * kv.layers * kv.slots * (kv.pages_per_seq + 1) + 4 * kv.slots * kv.kv_heads
+}
+
 impl CudaBackend {
     /// On a device, with activations and K/V in `dtype`, which should be that of the model's matrices: others are
     /// converted when they are uploaded.
@@ -112,7 +124,7 @@ impl CudaBackend {
         let (major, minor) = described.compute_capability;
         let info = DeviceInfo {
             name: format!("{} (compute capability {major}.{minor}), {dtype}", described.name),
-            free_memory: Some(described.free_memory.saturating_sub((Accounts::bytes() + 4 * STAGED) as u64)),
+            free_memory: Some(described.free_memory.saturating_sub(KEPT_FREE.max(described.free_memory / 50))),
             activations: dtype,
             kv: dtype,
             weights: Some(dtype),
@@ -132,6 +144,8 @@ impl CudaBackend {
             accounts,
             runs: Vec::new(),
             starts: Vec::new(),
+            pending: BTreeMap::new(),
+            words: Vec::new(),
             staged,
             graphs: HashMap::new(),
             recording: false,
@@ -156,13 +170,13 @@ impl CudaBackend {
         for (i, values) in values.chunks(STAGED / 4).enumerate() {
             let offset = offset + i * (STAGED / 4);
             // Runs are written at the same time: none may overlap another.
-            let overlaps = self.starts.iter().any(|&start| {
-                let (at, len) = (self.runs[start as usize] as usize, self.runs[start as usize + 1] as usize);
-                at < offset + values.len() && offset < at + len
-            });
-            if overlaps || self.starts.len() + 1 + self.runs.len() + 2 + values.len() > STAGED {
+            let before = self.pending.range(..offset + values.len()).next_back();
+            if before.is_some_and(|(_, &end)| end > offset)
+                || self.starts.len() + 1 + self.runs.len() + 2 + values.len() > STAGED
+            {
                 self.send()?;
             }
+            self.pending.insert(offset, offset + values.len());
             self.starts.push(self.runs.len() as u32);
             self.runs.extend([offset as u32, values.len() as u32]);
             self.runs.extend_from_slice(values);
@@ -181,18 +195,18 @@ impl CudaBackend {
     }
 
     fn record(&mut self, key: StepKey, body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send)) -> Result<()> {
-        // What the counters hold so far is nobody's but the meter's; what comes are the step's own.
-        self.accounts.collect(self.device.as_mut())?;
-        let before = std::mem::take(&mut self.accounts.meter);
-        self.device.begin_record()?;
-        self.recording = true;
-        let result = body(self);
-        self.recording = false;
-        let graph = self.device.end_record();
-        let meter = std::mem::replace(&mut self.accounts.meter, before);
-        result?;
-        self.accounts.keep();
-        self.graphs.insert(key, Recorded { graph: graph?, meter });
+        self.accounts.begin_record(self.device.as_mut())?;
+        let graph = self.device.begin_record().and_then(|()| {
+            let before = std::mem::take(&mut self.accounts.meter);
+            self.recording = true;
+            let result = body(self);
+            self.recording = false;
+            let meter = std::mem::replace(&mut self.accounts.meter, before);
+            let graph = self.device.end_record();
+            result.and(graph).map(|graph| Recorded { graph, meter })
+        });
+        self.accounts.end_record(graph.is_ok());
+        self.graphs.insert(key, Some(graph?));
         Ok(())
     }
 }
@@ -222,24 +236,26 @@ impl Backend for CudaBackend {
             }
         };
         self.weights.push(Stored { matrix, vector });
-        Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype })
+        // A row is held in f32 as well, for the ops that take a vector.
+        let held = if tensor.rows == 1 { tensor.dtype } else { dtype };
+        Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: held })
     }
 
-    fn workspace(&self, largest: &Largest, kv: &KvLayout) -> usize {
-        self.workspace_for(largest, kv)
-    }
-
-    fn reserve(&mut self, arena_bytes: usize, ints: usize, workspace: usize, kv: &KvLayout) -> Result<()> {
-        ensure!(kv.dtype == self.info.kv, Unsupported, "K/V in {}, on a device that stores {}", kv.dtype, self.info.kv);
+    fn workspace(&self, largest: &Largest, kv: &KvLayout) -> Result<usize> {
         if !kv.head_dim.is_multiple_of(16) || kv.head_dim > 256 {
             let cause = format!("heads of {}: the kernels take multiples of 16, up to 256", kv.head_dim);
             return Err(Error::new(Kind::Unsupported, cause).action("use --device cpu"));
         }
+        Ok(self.scratch_for(largest, kv) + books(kv))
+    }
+
+    fn reserve(&mut self, arena_bytes: usize, ints: usize, workspace: usize, kv: &KvLayout) -> Result<()> {
+        ensure!(kv.dtype == self.info.kv, Unsupported, "K/V in {}, on a device that stores {}", kv.dtype, self.info.kv);
         let entries = kv.layers * kv.slots;
         let (tables, lens) = (ints, ints + entries * kv.pages_per_seq);
         self.arena = self.region(arena_bytes)?;
         self.ints = self.region(4 * (lens + entries))?;
-        self.workspace = self.region(workspace)?;
+        self.workspace = self.region(workspace.saturating_sub(books(kv)))?;
         self.tickets = self.region(4 * kv.slots * kv.kv_heads)?;
         self.device.clear(self.tickets.start, self.tickets.bytes)?;
         self.device.clear(self.ints.start.plus(4 * tables), 4 * (lens + entries - tables))?;
@@ -299,10 +315,15 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         let Some(key) = key else { return body(self) };
         self.send()?;
-        if !self.graphs.contains_key(&key) {
-            self.record(key, body)?;
+        match self.graphs.get(&key) {
+            None => {
+                self.graphs.insert(key, None);
+                return body(self);
+            }
+            Some(None) => self.record(key, body)?,
+            Some(Some(_)) => {}
         }
-        let recorded = &self.graphs[&key];
+        let recorded = self.graphs[&key].as_ref().expect("recorded");
         self.device.replay(recorded.graph)?;
         for (to, from) in self.accounts.meter.ops.iter_mut().zip(&recorded.meter.ops) {
             to.calls += from.calls;

@@ -164,20 +164,23 @@ impl CudaBackend {
         if self.starts.is_empty() {
             return Ok(());
         }
-        let (runs, mut words) = (self.starts.len(), std::mem::take(&mut self.starts));
-        words.extend_from_slice(&self.runs);
-        self.device.copy_in(self.staged, bytemuck::cast_slice(&words))?;
+        let runs = self.starts.len();
+        self.words.clear();
+        self.words.extend_from_slice(&self.starts);
+        self.words.extend_from_slice(&self.runs);
+        self.device.copy_in(self.staged, bytemuck::cast_slice(&self.words))?;
         let starts = self.staged.0 as *const u32;
         let args = PutIntsArgs {
             runs: self.staged.plus(4 * runs).0 as *const u32,
             starts,
             ints: self.ints.start.0 as *mut u32,
         };
-        words.clear();
-        self.starts = words;
-        self.runs.clear();
         let launch = Launch { grid: [runs as u32, 1, 1], threads: 64, shared: 0 };
-        self.launch_only(self.functions.put_ints, launch, &args)
+        self.launch_only(self.functions.put_ints, launch, &args)?;
+        self.starts.clear();
+        self.runs.clear();
+        self.pending.clear();
+        Ok(())
     }
 
     fn launch<A>(&mut self, op: OpKind, function: Function, launch: Launch, args: &A) -> Result<()> {
@@ -210,10 +213,7 @@ impl CudaBackend {
                 }
                 Ok(std::ptr::null_mut())
             }
-            None => {
-                ensure!(!self.recording || self.accounts.has_room(), Memory, "too many ops in a recorded step");
-                self.accounts.slot(self.device.as_mut(), op)
-            }
+            None => self.accounts.slot(self.device.as_mut(), op),
         }
     }
 
@@ -275,7 +275,8 @@ impl CudaBackend {
         blocks.div_ceil((rows * kv_heads).max(1)).min(pages_per_seq.div_ceil(4)).clamp(1, 64)
     }
 
-    pub(super) fn workspace_for(&self, l: &Largest, kv: &KvLayout) -> usize {
+    /// What the largest op needs.
+    pub(super) fn scratch_for(&self, l: &Largest, kv: &KvLayout) -> usize {
         let size = self.info.activations.size();
         let gathered = l.chunk * l.hidden * size;
         let scattered = l.chunk * l.hidden * 4;

@@ -7,7 +7,7 @@
 use super::device::{Address, Device};
 use super::kernels::WorkCount;
 use crate::backend::{Cost, Meter, Op, OpKind, Work};
-use crate::error::Result;
+use crate::error::{Result, ensure};
 
 /// Slots of counters; when they are used up the host collects them, which waits for the device.
 const SLOTS: usize = 4096;
@@ -16,8 +16,10 @@ pub struct Accounts {
     counts: Address,
     /// The op of each slot in use.
     ops: Vec<Op>,
-    /// Slots below this one belong to recorded steps and stay theirs.
+    /// Slots below this one belong to recorded steps. All of these issue the same ops in the same order, so they share them.
     kept: usize,
+    /// While a step is recorded: its next slot.
+    recording: Option<usize>,
     pub meter: Meter,
 }
 
@@ -26,32 +28,40 @@ impl Accounts {
         let bytes = SLOTS * size_of::<WorkCount>();
         let counts = device.allocate(bytes)?;
         device.clear(counts, bytes)?;
-        Ok(Accounts { counts, ops: Vec::with_capacity(SLOTS), kept: 0, meter: Meter::default() })
-    }
-
-    /// Bytes that it takes.
-    pub const fn bytes() -> usize {
-        SLOTS * size_of::<WorkCount>()
+        Ok(Accounts { counts, ops: Vec::with_capacity(SLOTS), kept: 0, recording: None, meter: Meter::default() })
     }
 
     /// Counters for a call of `op`, and the call itself noted.
     pub fn slot(&mut self, device: &mut dyn Device, op: Op) -> Result<*mut WorkCount> {
-        if self.ops.len() == SLOTS {
+        let slot = self.recording.unwrap_or(self.ops.len());
+        if slot == SLOTS && self.recording.is_none() {
             self.collect(device)?;
         }
+        let slot = self.recording.unwrap_or(self.ops.len());
+        ensure!(slot < SLOTS, Memory, "a recorded step of more than {SLOTS} ops");
+        match self.ops.get(slot) {
+            Some(held) => ensure!(held.kind() == op.kind(), Shape, "a step that is not like the one recorded before"),
+            None => self.ops.push(op),
+        }
+        if let Some(next) = &mut self.recording {
+            *next += 1;
+        }
         self.meter.add(op.kind(), Cost::default());
-        self.ops.push(op);
-        Ok(self.counts.plus((self.ops.len() - 1) * size_of::<WorkCount>()).0 as *mut WorkCount)
+        Ok(self.counts.plus(slot * size_of::<WorkCount>()).0 as *mut WorkCount)
     }
 
-    /// Whether a slot can be had without waiting.
-    pub fn has_room(&self) -> bool {
-        self.ops.len() < SLOTS
+    /// Slots are those of a recorded step from here on; what was counted so far is collected.
+    pub fn begin_record(&mut self, device: &mut dyn Device) -> Result<()> {
+        self.collect(device)?;
+        self.recording = Some(0);
+        Ok(())
     }
 
-    /// The slots in use become those of recorded steps.
-    pub fn keep(&mut self) {
-        self.kept = self.ops.len();
+    pub fn end_record(&mut self, recorded: bool) {
+        if let Some(used) = self.recording.take().filter(|_| recorded) {
+            self.kept = self.kept.max(used);
+        }
+        self.ops.truncate(self.kept);
     }
 
     /// Waits for the device and adds what its counters hold to the meter.

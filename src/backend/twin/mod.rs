@@ -28,6 +28,8 @@ struct Types {
     kv: DType,
     /// Types that weights may be stored in.
     weights: &'static [DType],
+    /// What matrices are converted to.
+    held: Option<DType>,
     /// What widths that are summed over, and head_dim, must be multiples of.
     multiples: (usize, usize),
 }
@@ -57,7 +59,7 @@ struct Implementation {
 /// All that there are on this machine.
 fn implementations() -> Vec<Implementation> {
     const ALL: &[DType] = &[DType::F32, DType::F16, DType::BF16];
-    let types = Types { activations: DType::F32, kv: DType::F32, weights: ALL, multiples: (1, 2) };
+    let types = Types { activations: DType::F32, kv: DType::F32, weights: ALL, held: None, multiples: (1, 2) };
     let mut all = Vec::new();
     for level in levels() {
         for threads in [1, 3] {
@@ -78,7 +80,7 @@ fn implementations() -> Vec<Implementation> {
         for seed in [1, 2] {
             let make = move || CudaBackend::new(Box::new(Emulated::new(seed)), dtype).expect("an emulator");
             let name = format!("{}, seed {seed}", make().info().name);
-            let types = Types { activations: dtype, kv: dtype, weights, multiples: (8, 16) };
+            let types = Types { activations: dtype, kv: dtype, weights, held: Some(dtype), multiples: (8, 16) };
             let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
             all.push(Implementation { name, types, family, rows_are_independent: false, make });
         }
@@ -136,7 +138,8 @@ struct Outcome {
 /// Runs a case on a fresh backend.
 fn perform(be: &mut dyn Backend, case: &Case) -> Result<Outcome> {
     for (id, tensor) in case.tensors.iter().enumerate() {
-        let expected = Weight { id, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype };
+        let held = be.info().weights.filter(|_| tensor.rows > 1).unwrap_or(tensor.dtype);
+        let expected = Weight { id, rows: tensor.rows, cols: tensor.cols, dtype: held };
         assert_eq!(be.upload(tensor)?, expected, "a backend numbers its weights from 0");
     }
     be.reserve(2 * case.halves.len(), case.ints.len(), 0, &case.kv)?;
@@ -339,7 +342,7 @@ fn every_op_agrees_with_its_twin() {
 fn the_reference_agrees_with_itself_in_16_bits() {
     for dtype in [DType::F16, DType::BF16] {
         let weights = &[DType::BF16, DType::F16];
-        let types = Types { activations: dtype, kv: dtype, weights, multiples: (1, 2) };
+        let types = Types { activations: dtype, kv: dtype, weights, held: None, multiples: (1, 2) };
         let mut failures = Failures::default();
         for case in OpKind::ALL.iter().flat_map(|&kind| cases::cases(kind, types)) {
             let outcome = perform(&mut Reference::new(types), &case).expect(&case.name);

@@ -45,7 +45,7 @@ impl Reference {
                 free_memory: None,
                 activations: types.activations,
                 kv: types.kv,
-                weights: None,
+                weights: types.held,
                 chunk: 256,
             },
             weights: Vec::new(),
@@ -180,7 +180,8 @@ impl Backend for Reference {
         let rows =
             (0..tensor.rows).map(|r| values[r * tensor.cols..][..tensor.cols].iter().map(|&x| x.into()).collect());
         self.weights.push(rows.collect());
-        Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: tensor.dtype })
+        let held = self.info.weights.filter(|_| tensor.rows > 1).unwrap_or(tensor.dtype);
+        Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: held })
     }
 
     fn reserve(&mut self, arena_bytes: usize, ints: usize, _workspace: usize, kv: &KvLayout) -> Result<()> {
