@@ -340,7 +340,7 @@ fn bad_input_gives_one_clear_error() {
     fails(&["generate", "x", "--capacity", "1.5"], &["capacity is 1.5"]);
     fails(&["generate", "x", "--temperature", "-1"], &["temperature is -1"]);
     fails(&["generate", "x", "--threads", "0"], &["threads"]);
-    fails(&["generate", "x", "--device", "cuda"], &["CPU only"]);
+    fails(&["generate", "x", "--device", "cuda"], &["use the CPU"]);
     fails(&["generate", "x", "--memory", "1M"], &["weights", "activations", "K/V", "--memory"]);
     fails(&["generate", "x", "--context", "100000"], &["512"]);
     fails(&["generate", "--file", "/no/such/file"], &["/no/such/file"]);

@@ -9,7 +9,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod ops;
-#[cfg(test)]
+#[cfg(any(test, feature = "cuda"))]
 mod twin;
 
 use std::ops::Range;

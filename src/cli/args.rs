@@ -58,7 +58,7 @@ pub struct RoutingArgs {
     mask_seed: u64,
 }
 
-fn device(text: &str) -> Result<Device> {
+pub fn device(text: &str) -> Result<Device> {
     match (text, text.strip_prefix("cuda:").map(str::parse)) {
         ("auto", _) => Ok(Device::Auto),
         ("cpu", _) => Ok(Device::Cpu),

@@ -15,6 +15,18 @@ pub struct Doctor {
     /// One JSON object.
     #[arg(long)]
     json: bool,
+    /// Runs every kernel on the GPU and compares it with what it should compute; exit code 1 when one fails.
+    #[cfg(feature = "cuda")]
+    #[arg(long)]
+    verify: bool,
+    /// One case of so many, for tools that make kernels slow.
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "verify")]
+    every: usize,
+    /// The GPU to verify: cuda or cuda:N.
+    #[cfg(feature = "cuda")]
+    #[arg(long, default_value = "cuda", value_parser = super::args::device, requires = "verify")]
+    device: mindskip::engine::Device,
 }
 
 /// One line of the table.
@@ -33,6 +45,10 @@ impl Row {
 
 impl Doctor {
     pub fn run(self) -> Ran {
+        #[cfg(feature = "cuda")]
+        if self.verify {
+            return cuda::verify(self.device, self.every, self.json);
+        }
         let m = Machine::look();
         let (cuda_rows, cuda) = cuda::look();
         if self.json {
@@ -95,13 +111,61 @@ mod cuda {
 
 #[cfg(feature = "cuda")]
 mod cuda {
-    use mindskip::backend::cuda::device::Description;
-    use mindskip::backend::cuda::{ARCHITECTURES, driver};
+    use std::io::{self, Write};
+    use std::time::Instant;
+
+    use mindskip::backend::cuda::device::{self, Description};
+    #[cfg(feature = "emulate")]
+    use mindskip::backend::cuda::emulated;
+    use mindskip::backend::cuda::{self, ARCHITECTURES, MODULES, driver};
+    use mindskip::engine::Device;
     use mindskip::memory::Size;
-    use mindskip::{Error, Result};
+    use mindskip::{Error, Kind, Result};
     use serde_json::{Value, json};
 
+    use super::super::{Outcome, Ran, bad};
     use super::Row;
+
+    /// Every op on the device against its twin.
+    pub fn verify(device: Device, every: usize, as_json: bool) -> Ran {
+        let device: Box<dyn device::Device> = match device {
+            Device::Cuda(ordinal) => Box::new(driver::Driver::open(ordinal, MODULES)?),
+            #[cfg(feature = "emulate")]
+            Device::Emulated(seed) => Box::new(emulated::Emulated::new(seed)),
+            _ => return Err(bad::<()>("kernels are verified on a GPU", "give --device cuda").unwrap_err().into()),
+        };
+        let name = device.description().name.clone();
+        let start = Instant::now();
+        let mut failed: Vec<(String, usize)> = Vec::new();
+        let mut written = Ok(());
+        let mut out = io::stdout().lock();
+        cuda::verify(device, every, &mut |verdict| {
+            let (op, dtype, wrong) = (verdict.op.name(), verdict.dtype, verdict.failures.len());
+            if wrong > 0 {
+                failed.push((format!("{op} in {dtype}"), wrong));
+            }
+            let line = if as_json {
+                let (cases, worst, failures) = (verdict.cases, &verdict.worst, &verdict.failures);
+                json!({"op": op, "dtype": dtype.to_string(), "cases": cases, "worst": worst, "failures": failures})
+                    .to_string()
+            } else {
+                let state = if wrong == 0 { "ok".into() } else { format!("{wrong} WRONG") };
+                let first = verdict.failures.first().map_or(String::new(), |text| format!("\n      {text}"));
+                format!("  {op:<12} {dtype:<5} {state:<9} {} cases{first}", verdict.cases)
+            };
+            if written.is_ok() {
+                written = writeln!(out, "{line}");
+            }
+        })?;
+        written?;
+        eprintln!("{name}: {:.1} s", start.elapsed().as_secs_f64());
+        if failed.is_empty() {
+            return Ok(Outcome::Done);
+        }
+        let list: Vec<_> = failed.iter().map(|(what, n)| format!("{what} ({n} cases)")).collect();
+        let error = Error::new(Kind::Device, format!("wrong results: {}", list.join(", ")));
+        Err(error.action("use --device cpu, and report the lines above with what mindskip doctor prints").into())
+    }
 
     /// The kernels in this program, the driver, its GPUs, cuBLASLt.
     pub fn look() -> (Vec<Row>, Value) {

@@ -2,6 +2,7 @@
 //! (`driver`), or the emulator (`emulated`); the backend does not know which.
 
 use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use crate::backend::Counters;
 use crate::error::Result;
@@ -112,5 +113,91 @@ pub trait Device: Send {
     /// Runs a recording.
     fn replay(&mut self, graph: Graph) -> Result<()>;
 
-    fn counters(&self) -> &Counters;
+    fn counters(&self) -> Counters;
+
+    /// Waits, and frees all memory and recordings that were handed out: what comes next starts anew. Kernels stay found.
+    fn release(&mut self) -> Result<()>;
+}
+
+/// A device that is used by one backend after the other, without being opened anew. It is released with its user.
+pub struct Lent {
+    device: Arc<Mutex<Box<dyn Device>>>,
+    description: Description,
+}
+
+impl Lent {
+    pub fn of(device: &Arc<Mutex<Box<dyn Device>>>) -> Self {
+        let description = device.lock().unwrap_or_else(PoisonError::into_inner).description().clone();
+        Lent { device: device.clone(), description }
+    }
+
+    fn device(&self) -> MutexGuard<'_, Box<dyn Device>> {
+        // A panic elsewhere has broken nothing that the device would not report itself.
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        // The next user is told of what is broken.
+        let _ = self.device().release();
+    }
+}
+
+impl Device for Lent {
+    fn description(&self) -> &Description {
+        &self.description
+    }
+
+    fn function(&mut self, name: &str) -> Result<Function> {
+        self.device().function(name)
+    }
+
+    fn allocate(&mut self, bytes: usize) -> Result<Address> {
+        self.device().allocate(bytes)
+    }
+
+    fn copy_in(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
+        self.device().copy_in(to, bytes)
+    }
+
+    fn copy_out(&mut self, from: Address, bytes: &mut [u8]) -> Result<()> {
+        self.device().copy_out(from, bytes)
+    }
+
+    fn clear(&mut self, at: Address, bytes: usize) -> Result<()> {
+        self.device().clear(at, bytes)
+    }
+
+    #[allow(unsafe_code)]
+    unsafe fn launch(&mut self, function: Function, launch: Launch, args: *const c_void, size: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.device().launch(function, launch, args, size) }
+    }
+
+    #[allow(unsafe_code)]
+    unsafe fn gemm(&mut self, gemm: &Gemm) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.device().gemm(gemm) }
+    }
+
+    fn begin_record(&mut self) -> Result<()> {
+        self.device().begin_record()
+    }
+
+    fn end_record(&mut self) -> Result<Graph> {
+        self.device().end_record()
+    }
+
+    fn replay(&mut self, graph: Graph) -> Result<()> {
+        self.device().replay(graph)
+    }
+
+    fn counters(&self) -> Counters {
+        self.device().counters()
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.device().release()
+    }
 }

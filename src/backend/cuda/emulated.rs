@@ -60,6 +60,13 @@ impl Emulated {
         }
     }
 
+    fn free(&mut self) {
+        for address in self.memory.drain(..) {
+            // SAFETY: comes from `emu_alloc` and is freed once.
+            unsafe { emu_free(address.0 as *mut c_void) };
+        }
+    }
+
     fn run(&mut self, what: &Recorded) -> Result<()> {
         match what {
             Recorded::Launch(function, launch, args, size) => self.launch_now(*function, *launch, args, *size),
@@ -89,10 +96,7 @@ impl Emulated {
 
 impl Drop for Emulated {
     fn drop(&mut self) {
-        for address in self.memory.drain(..) {
-            // SAFETY: comes from `emu_alloc` and is freed once.
-            unsafe { emu_free(address.0 as *mut c_void) };
-        }
+        self.free();
     }
 }
 
@@ -182,8 +186,15 @@ impl Device for Emulated {
         result
     }
 
-    fn counters(&self) -> &Counters {
-        &self.counters
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.recording = None;
+        self.graphs.clear();
+        self.free();
+        Ok(())
     }
 }
 

@@ -29,6 +29,8 @@ use device::{Address, Device, Graph};
 use ops::Functions;
 use work::Accounts;
 
+pub use super::twin::{Verdict, verify};
+
 /// What build.rs has made of cuda/: MODULES, ARCHITECTURES and NVCC.
 #[cfg(mindskip_cuda)]
 mod built {
@@ -340,6 +342,6 @@ impl Backend for CudaBackend {
     }
 
     fn counters(&self) -> Counters {
-        *self.device.counters()
+        self.device.counters()
     }
 }

@@ -1,7 +1,7 @@
 //! What the argument structs promise by themselves: bad ones are refused, costs are those of the rows that were processed.
 
-use super::implementations;
 use super::setup::{Count, Setup};
+use super::tests::implementations;
 use crate::backend::*;
 use crate::error::Kind;
 

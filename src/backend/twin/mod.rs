@@ -6,19 +6,24 @@
 
 mod cases;
 mod cases_kv;
+#[cfg(test)]
 mod contract;
 mod reference;
+#[cfg(test)]
 mod rows;
 mod setup;
+#[cfg(test)]
+mod tests;
+#[cfg(feature = "cuda")]
+mod verify;
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
-use crate::backend::cpu::{CpuBackend, levels};
-use crate::error::Result;
 use reference::{Reference, load};
 use setup::Case;
+#[cfg(feature = "cuda")]
+pub use verify::{Verdict, verify};
 
 /// The types a case is made for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -43,49 +48,6 @@ impl Types {
     fn head_dim(&self, head_dim: usize) -> usize {
         head_dim.next_multiple_of(self.multiples.1)
     }
-}
-
-/// A backend to be tested.
-struct Implementation {
-    name: String,
-    types: Types,
-    /// Implementations of one family agree to the last bit.
-    family: &'static str,
-    /// Whether a row gives the same bits in every company.
-    rows_are_independent: bool,
-    make: Box<dyn Fn() -> Box<dyn Backend>>,
-}
-
-/// All that there are on this machine.
-fn implementations() -> Vec<Implementation> {
-    const ALL: &[DType] = &[DType::F32, DType::F16, DType::BF16];
-    let types = Types { activations: DType::F32, kv: DType::F32, weights: ALL, held: None, multiples: (1, 2) };
-    let mut all = Vec::new();
-    for level in levels() {
-        for threads in [1, 3] {
-            let make = move || CpuBackend::with_level(Some(threads), level).expect("a CPU");
-            let name = make().info().name.clone();
-            // `cpu::simd` promises the same bits wherever there is FMA; the SSE levels have none.
-            let family = if name.contains("sse") { "cpu without FMA" } else { "cpu" };
-            let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
-            all.push(Implementation { name, types, family, rows_are_independent: true, make });
-        }
-    }
-    // Whatever order threads run in, the bits are the same.
-    #[cfg(feature = "emulate")]
-    for (dtype, weights, family) in
-        [(DType::F32, ALL, "cuda f32"), (DType::F16, &ALL[1..2], "cuda f16"), (DType::BF16, &ALL[2..], "cuda bf16")]
-    {
-        use crate::backend::cuda::{CudaBackend, emulated::Emulated};
-        for seed in [1, 2] {
-            let make = move || CudaBackend::new(Box::new(Emulated::new(seed)), dtype).expect("an emulator");
-            let name = format!("{}, seed {seed}", make().info().name);
-            let types = Types { activations: dtype, kv: dtype, weights, held: Some(dtype), multiples: (8, 16) };
-            let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
-            all.push(Implementation { name, types, family, rows_are_independent: false, make });
-        }
-    }
-    all
 }
 
 /// A comparison passes when |a − b| <= atol + rtol·|b|.
@@ -161,18 +123,6 @@ fn perform(be: &mut dyn Backend, case: &Case) -> Result<Outcome> {
     be.read_ints(ints, &mut after)?;
     be.read_floats(arena, &mut words)?;
     Ok(Outcome { halves: bytemuck::cast_slice::<f32, u16>(&words).to_vec(), ints: after, meter: be.meter().clone() })
-}
-
-/// The same, with a panic as an error.
-fn attempt(implementation: &Implementation, case: &Case) -> Result<Outcome, String> {
-    let run = || perform(&mut *(implementation.make)(), case);
-    match catch_unwind(AssertUnwindSafe(run)) {
-        Ok(result) => result.map_err(|e| e.to_string()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            Err(text.or(panic.downcast_ref::<&str>().map(|s| s.to_string())).unwrap_or("panicked".into()))
-        }
-    }
 }
 
 /// What the reference made of a case.
@@ -261,140 +211,12 @@ impl Worsts {
         }
     }
 
-    fn print(&self) {
-        for op in OpKind::ALL {
-            for ((_, dtype), w) in self.0.iter().filter(|((o, _), _)| o == op) {
-                let error = (w.actual - w.expected).abs();
-                let Worst { ratio, expected, case, .. } = w;
-                println!(
-                    "{op:?} {dtype}: {ratio:.3} of the tolerance, |a - b| = {error:.2e} at b = {expected:.3e}, {case}"
-                );
-            }
-        }
-    }
-}
-
-/// Collects what fails, so that one run shows all of it: by case and what is wrong, who has it wrong.
-#[derive(Default)]
-struct Failures(Vec<(String, Vec<String>)>);
-
-impl Failures {
-    fn check(&mut self, case: &str, implementation: &str, result: Result<(), String>) {
-        let Err(text) = result else { return };
-        let text = format!("{case}: {text}");
-        match self.0.iter_mut().find(|(known, _)| *known == text) {
-            Some((_, who)) => who.push(implementation.into()),
-            None => self.0.push((text, vec![implementation.into()])),
-        }
-    }
-
-    fn report(self) {
-        let lines: Vec<_> = self.0.iter().map(|(text, who)| format!("{text} ({})", who.join("; "))).collect();
-        assert!(lines.is_empty(), "{} failures:\n{}", lines.len(), lines[..lines.len().min(40)].join("\n"));
-    }
-}
-
-/// Runs the cases of an op on every implementation.
-fn agree(kinds: &[OpKind]) {
-    let implementations = implementations();
-    let (mut failures, mut worst) = (Failures::default(), Worsts::default());
-    let mut types: Vec<Types> = implementations.iter().map(|i| i.types).collect();
-    types.dedup();
-    for types in types {
-        for &kind in kinds {
-            let cases = cases::cases(kind, types);
-            assert!(!cases.is_empty() && cases.iter().all(|case| case.op.kind() == kind), "the cases of {kind:?}");
-            for case in cases {
-                let expected = Expected::of(&case, types);
-                let mut families: HashMap<&str, (&str, Outcome)> = HashMap::new();
-                for it in implementations.iter().filter(|i| i.types == types) {
-                    let outcome = match attempt(it, &case) {
-                        Ok(outcome) => outcome,
-                        Err(text) => {
-                            failures.check(&case.name, &it.name, Err(text));
-                            continue;
-                        }
-                    };
-                    failures.check(&case.name, &it.name, expected.compare(&case, &outcome, &mut worst));
-                    match families.get(it.family) {
-                        None => _ = families.insert(it.family, (&it.name, outcome)),
-                        Some((name, first)) => {
-                            let same =
-                                if first.halves == outcome.halves { Ok(()) } else { Err(format!("not as {name}")) };
-                            failures.check(&case.name, &it.name, same);
-                        }
-                    }
-                }
-            }
-        }
-    }
-    worst.print();
-    failures.report();
-}
-
-#[test]
-fn every_op_agrees_with_its_twin() {
-    agree(OpKind::ALL);
-}
-
-/// The cases can be made for backends that store 16 bits, and the reference rounds as it reads back.
-#[test]
-fn the_reference_agrees_with_itself_in_16_bits() {
-    for dtype in [DType::F16, DType::BF16] {
-        let weights = &[DType::BF16, DType::F16];
-        let types = Types { activations: dtype, kv: dtype, weights, held: None, multiples: (1, 2) };
-        let mut failures = Failures::default();
-        for case in OpKind::ALL.iter().flat_map(|&kind| cases::cases(kind, types)) {
-            let outcome = perform(&mut Reference::new(types), &case).expect(&case.name);
-            let result = Expected::of(&case, types).compare(&case, &outcome, &mut Worsts::default());
-            failures.check(&case.name, "reference", result);
-        }
-        failures.report();
-    }
-}
-
-/// A comparison that cannot fail proves nothing.
-#[test]
-fn comparisons_notice_what_is_wrong() {
-    let types = implementations()[0].types;
-    for kind in [OpKind::NormGate, OpKind::Route, OpKind::ProjectAdd, OpKind::Attend] {
-        let cases = cases::cases(kind, types);
-        // Of those with something to get wrong.
-        let case = cases
-            .iter()
-            .filter(|case| !case.name.contains("NaN") && !case.name.contains("Special"))
-            .nth(cases.len() / 2)
-            .expect("a case");
-        let expected = Expected::of(case, types);
-        let spoiled = |spoil: &dyn Fn(&mut Outcome)| {
-            let Outcome { halves, ints, meter } = &expected.outcome;
-            let mut outcome = Outcome { halves: halves.clone(), ints: ints.clone(), meter: meter.clone() };
-            spoil(&mut outcome);
-            expected.compare(case, &outcome, &mut Worsts::default())
-        };
-        assert_eq!(spoiled(&|_| {}), Ok(()), "{}", case.name);
-        let is_scratch = |at| case.scratch.iter().any(|m| (m.offset / 2..(m.offset + m.bytes()) / 2).contains(&at));
-        for at in (0..case.halves.len()).filter(|&at| expected.reference.written[at].is_none() && !is_scratch(at)) {
-            // All of them, but few at a time.
-            if at % 97 == 0 {
-                assert!(spoiled(&|o| o.halves[at] ^= 1).is_err(), "{}: half {at} was written", case.name);
-            }
-        }
-        for at in (0..case.ints.len()).step_by(7) {
-            assert!(spoiled(&|o| o.ints[at] ^= 1).is_err(), "{}: integer {at} is wrong", case.name);
-        }
-        for mat in case.mats.iter().filter(|m| m.rows * m.cols > 0) {
-            let first = mat.offset / 2;
-            if expected.reference.written[first].is_some() && !is_scratch(first) {
-                let store = |value: f64| {
-                    spoiled(&|o| _ = reference::store(&mut o.halves, *mat, 0, value)).expect_err(&case.name)
-                };
-                let value = load(&expected.outcome.halves, *mat, 0);
-                store(f64::NAN);
-                store(f64::INFINITY);
-                store(value + 1e-4);
-            }
-        }
-        assert!(spoiled(&|o| o.meter.ops[kind as usize].cost.bytes += 1).is_err(), "{}: the meter", case.name);
+    /// A line for what an op has written in each type.
+    fn lines(&self, op: OpKind) -> impl Iterator<Item = String> {
+        self.0.iter().filter(move |((o, _), _)| *o == op).map(|((op, dtype), w)| {
+            let error = (w.actual - w.expected).abs();
+            let Worst { ratio, expected, case, .. } = w;
+            format!("{op:?} {dtype}: {ratio:.3} of the tolerance, |a - b| = {error:.2e} at b = {expected:.3e}, {case}")
+        })
     }
 }

@@ -3,9 +3,10 @@
 //! Decode and prefill take different paths through an implementation; where this holds they agree to the last bit, and so
 //! do a prompt in one piece and in several.
 
+use super::Types;
 use super::cases_kv::{Heads, History, attention, plain_values, write_history};
 use super::setup::{Case, Count, Setup, activation, noise};
-use super::{Failures, Types, attempt, implementations};
+use super::tests::{Failures, attempt, implementations};
 use crate::backend::*;
 
 /// Rows of the whole run.

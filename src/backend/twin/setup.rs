@@ -193,6 +193,7 @@ impl Setup {
     }
 
     /// Fills the first rows with the activations of the given ones.
+    #[cfg(test)]
     pub fn fill(&mut self, mat: Mat, ids: impl IntoIterator<Item = usize>) {
         ids.into_iter().enumerate().for_each(|(i, id)| self.fill_row(mat, i, |col| activation(id, col)));
     }

@@ -423,8 +423,18 @@ impl Device for Driver {
         Ok(())
     }
 
-    fn counters(&self) -> &Counters {
-        &self.counters
+    fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    fn release(&mut self) -> Result<()> {
+        self.drop_recording();
+        self.enter()?;
+        self.wait()?;
+        self.graphs.clear();
+        // The first piece is cuBLASLt's.
+        self.memory.truncate(1);
+        Ok(())
     }
 }
 

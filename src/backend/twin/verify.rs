@@ -1,0 +1,63 @@
+//! The cases on a user's own device: whether its kernels compute what they should, there and now.
+
+use std::sync::{Arc, Mutex};
+
+use rayon::prelude::*;
+
+use super::*;
+use crate::backend::cuda::CudaBackend;
+use crate::backend::cuda::device::{Device, Lent};
+use crate::error::Result;
+
+/// What became of the cases of an op in one type of activations.
+#[derive(Debug, Clone)]
+pub struct Verdict {
+    pub op: OpKind,
+    pub dtype: DType,
+    pub cases: usize,
+    /// What is wrong, by case.
+    pub failures: Vec<String>,
+    /// What came nearest to its tolerance, in each type that the op writes.
+    pub worst: Vec<String>,
+}
+
+/// Runs the cases of every op on a device, in f32, f16 and bf16, or one of `every` so many, and tells `each` verdict as it
+/// comes.
+///
+/// Errors: Device when a backend cannot be built there, or the device has failed for good. What one case makes go wrong
+/// is a failure of its verdict.
+pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdict)) -> Result<()> {
+    let device = Arc::new(Mutex::new(device));
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let weights: &'static [DType] = match dtype {
+            DType::F32 => &[DType::F32, DType::F16, DType::BF16],
+            DType::F16 => &[DType::F16],
+            DType::BF16 => &[DType::BF16],
+        };
+        let types = Types { activations: dtype, kv: dtype, weights, held: Some(dtype), multiples: (8, 16) };
+        for &op in OpKind::ALL {
+            // The twin takes longer than the device: all cores work on it.
+            let cases: Vec<_> = cases::cases(op, types).into_iter().step_by(every.max(1)).collect();
+            let expected: Vec<_> = cases
+                .into_par_iter()
+                .map(|case| {
+                    let expected = Expected::of(&case, types);
+                    (case, expected)
+                })
+                .collect();
+            let mut verdict = Verdict { op, dtype, cases: expected.len(), failures: Vec::new(), worst: Vec::new() };
+            let mut worst = Worsts::default();
+            for (case, expected) in &expected {
+                let mut backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype)?;
+                let result = perform(&mut backend, case).map_err(|e| e.to_string());
+                let result = result.and_then(|outcome| expected.compare(case, &outcome, &mut worst));
+                if let Err(text) = result {
+                    verdict.failures.push(format!("{}: {text}", case.name));
+                }
+            }
+            verdict.worst = worst.lines(op).collect();
+            each(&verdict);
+        }
+    }
+    Ok(())
+}
