@@ -11,6 +11,7 @@ use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, Take, mean,
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::kv::Slot;
+pub use crate::memory::Budget;
 use crate::memory::{Limits, MemoryPlan, Routed};
 use crate::model::{Gates, Model, Routing};
 use crate::router::Level;
@@ -52,8 +53,8 @@ pub struct Options {
     pub rows: Option<usize>,
     /// Rows that go through a layer at a time in prefill; None: as many as suit the device.
     pub chunk: Option<usize>,
-    /// Bytes for everything together; None: what the device has free.
-    pub memory: Option<u64>,
+    /// For everything together; None: what the device has free.
+    pub memory: Option<Budget>,
 }
 
 impl Default for Options {

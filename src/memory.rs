@@ -7,8 +7,16 @@ use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::tensor::DType;
 
+/// How much memory a run may take.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    Bytes(u64),
+    /// Of what the device has free, from 0 to 1.
+    Share(f64),
+}
+
 /// How large a run may become; the knobs of the plan.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// Tokens of one sequence, prompt and answer together.
     pub context: usize,
@@ -18,8 +26,8 @@ pub struct Limits {
     pub rows: usize,
     /// Rows that go through a layer at a time in prefill.
     pub chunk: usize,
-    /// Bytes that everything together may take; None: what the device has free.
-    pub memory: Option<u64>,
+    /// What everything together may take; None: what the device has free.
+    pub memory: Option<Budget>,
 }
 
 /// What routing means for the memory of a run.
@@ -90,10 +98,11 @@ const HEAD_ROWS: usize = 64;
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
     pub limits: Limits,
-    /// Bytes that may be used: [`Limits::memory`] or what the device has free; None when that is not known.
+    /// Bytes that may be used: by [`Limits::memory`], or what the device has free; None when that is not known.
     pub available: Option<u64>,
-    /// Weights in their stored dtype; on the CPU these are pages of the mapped file.
     pub weights: u64,
+    /// The weights are pages of the mapped files.
+    pub in_place: bool,
     /// The activation and integer arenas.
     pub arena: u64,
     pub ints: u64,
@@ -138,7 +147,11 @@ impl MemoryPlan {
         let mut place = Placer::default();
         let buffers =
             Buffers::place(config, routed.layers, limits, device.activations, &mut place).ok_or_else(too_large)?;
-        let available = memory.or(device.free_memory);
+        let available = match memory {
+            Some(Budget::Bytes(bytes)) => Some(bytes),
+            Some(Budget::Share(share)) => device.free_memory.map(|free| (free as f64 * share) as u64),
+            None => device.free_memory,
+        };
         let (arena, ints) = (place.bytes as u64, (place.ints * 4) as u64);
         let largest = Largest {
             rows,
@@ -148,7 +161,17 @@ impl MemoryPlan {
             heads: config.heads,
         };
         let workspace = be.workspace(&largest, &kv)? as u64;
-        let mut plan = MemoryPlan { limits, available, weights, arena, ints, workspace, kv, buffers };
+        let mut plan = MemoryPlan {
+            limits,
+            available,
+            weights,
+            in_place: device.weights.is_none(),
+            arena,
+            ints,
+            workspace,
+            kv,
+            buffers,
+        };
         if let Some(available) = available {
             // Room for all that the dense layers keep, and the first page of the others; how much more they need is known
             // when they have decided.
@@ -179,6 +202,12 @@ impl MemoryPlan {
     /// Bytes of the KV pool at capacity 1.
     pub fn kv_bytes(&self) -> u64 {
         self.kv.pages as u64 * self.kv.page_bytes() as u64
+    }
+
+    /// Tokens that the K/V pool holds when `routed` layers keep a share of their rows, all of them together; None: any number.
+    pub fn kv_tokens(&self, routed: usize, capacity: f64) -> Option<u64> {
+        let layers = self.kv.layers as f64 - routed as f64 * (1.0 - capacity);
+        (layers > 0.0).then(|| ((self.kv.pages * PAGE) as f64 / layers) as u64)
     }
 
     /// Bytes of the arenas and the workspace.
@@ -319,6 +348,15 @@ impl fmt::Display for Size {
     }
 }
 
+/// Parses a size, or a share of what is free: "90%".
+pub fn parse_budget(text: &str) -> Result<Budget> {
+    let Some(percent) = text.trim().strip_suffix('%') else { return parse_size(text).map(Budget::Bytes) };
+    match percent.trim().parse() {
+        Ok(percent) if (0.0..=100.0).contains(&percent) => Ok(Budget::Share(percent / 100.0)),
+        _ => Err(Error::new(Kind::Argument, format!("\"{text}\" is not a share of memory")).action("write 0% to 100%")),
+    }
+}
+
 /// Parses "8GiB", "500M", "2g" or a plain number of bytes; K, M, G, T are powers of 1024.
 pub fn parse_size(text: &str) -> Result<u64> {
     let bad = || {
@@ -355,6 +393,11 @@ mod tests {
         assert_eq!(parse_size("123456789012").unwrap(), 123456789012);
         for bad in ["", "x", "1Q", "-1", "nan", "inf", "1e30G"] {
             assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(parse_budget("90 %").unwrap(), Budget::Share(0.9));
+        assert_eq!(parse_budget("2k").unwrap(), Budget::Bytes(2048));
+        for bad in ["%", "-1%", "101%", "nan%"] {
+            assert!(parse_budget(bad).is_err(), "{bad}");
         }
         assert_eq!(Size(100).to_string(), "100 B");
         assert_eq!(Size(1536).to_string(), "1.5 KiB");

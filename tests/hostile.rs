@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::goldens;
 use mindskip::config::Config;
-use mindskip::engine::{Engine, Options};
+use mindskip::engine::{Budget, Engine, Options};
 use mindskip::generation::GenerationConfig;
 use mindskip::model::Routing;
 use mindskip::router::RouterSet;
@@ -156,8 +156,12 @@ fn ten_thousand_broken_files_are_survived() {
     // Whole models: whatever passes the parsers is loaded and run, if it fits.
     let run = |config: Config, weights: Weights, routing: Option<Routing>| -> Result<()> {
         let context = config.context.min(32);
-        let options =
-            Options { threads: Some(1), context: Some(context), memory: Some(64 << 20), ..Options::default() };
+        let options = Options {
+            threads: Some(1),
+            context: Some(context),
+            memory: Some(Budget::Bytes(64 << 20)),
+            ..Options::default()
+        };
         let vocab = config.vocab as u32;
         let mut engine = Engine::new(config, weights, routing, &options)?;
         let seq = engine.open()?;

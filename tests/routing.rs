@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use common::*;
 use mindskip::backend::{Meter, OpKind, PAGE};
-use mindskip::engine::{Engine, Options};
+use mindskip::engine::{Budget, Engine, Options};
 use mindskip::model::Routing;
 use mindskip::router::{Keys, Level, RouterSettings, Select, Target};
 use serde::Deserialize;
@@ -540,7 +540,7 @@ fn skipped_rows_take_no_pages() {
 
     let page = full.kv.page_bytes() as u64;
     let less = full.total() - page * (full.kv.pages as u64 / 4);
-    let small = Options { memory: Some(less), ..options(4, 256) };
+    let small = Options { memory: Some(Budget::Bytes(less)), ..options(4, 256) };
     let mut half = engine(&folder, Some(random_gates(settings, &MODEL_LAYERS, 0.25)), &small);
     assert!(half.plan().kv.pages < full.kv.pages && half.plan().total() <= less);
     let prompt = ids(250, 192, 3);

@@ -6,7 +6,7 @@ use clap::Args;
 use mindskip::Result;
 use mindskip::bundle::{Bundle, EMBEDDED};
 use mindskip::engine::{Device, Engine, Options, Precision};
-use mindskip::memory::parse_size;
+use mindskip::memory::{Budget, parse_budget};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Overrides, RouterSet, RouterSettings, Select};
 use mindskip::sample::SamplerSettings;
@@ -171,9 +171,10 @@ pub struct RunArgs {
     /// processor has AVX512-BF16).
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
     precision: String,
-    /// What weights, activations and K/V may take together, such as 8G; all that is free when nothing is given.
-    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    memory: Option<u64>,
+    /// What weights, activations and K/V may take together on the device, such as 8G or 90%; all that is free when nothing is
+    /// given.
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
+    memory: Option<Budget>,
     /// Tokens of a sequence, prompt and answer together; no more than needed when nothing is given.
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,

@@ -155,21 +155,25 @@ fn print_routers(out: &mut dyn Write, set: &RouterSet) -> io::Result<()> {
 fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routing: Option<&Routing>, all: bool) -> io::Result<()> {
     let limits = &plan.limits;
     let total = format!("{} for {} x {} tokens", Size(plan.total()), limits.batch, limits.context);
-    let available = plan.available.map_or(String::new(), |n| format!(", {} are free", Size(n)));
+    let available = plan.available.map_or(String::new(), |n| format!(", {} may be used", Size(n)));
     writeln!(out, "  {:<13} {total}{available}", "memory")?;
     let mut line = |name: &str, bytes: u64, what: String| {
         writeln!(out, "  {:<13} {:>9}  {name}{what}", "", Size(bytes).to_string())
     };
-    line("weights", plan.weights, ", in place in the mapped file".into())?;
-    line("activations", plan.activations(), format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk))?;
+    line("weights", plan.weights, if plan.in_place { ", in place in the mapped file" } else { "" }.into())?;
+    let rows = format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk);
+    line("activations", plan.activations() - plan.workspace, rows)?;
+    if plan.workspace > 0 {
+        line("workspace", plan.workspace, String::new())?;
+    }
     line("K/V", plan.kv_bytes(), format!(", {} pages of {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64)))?;
     if let Some(routing) = routing.filter(|r| !r.settings.keeps_kv()) {
-        let (layers, routed) = (plan.kv.layers as f64, routing.layers.len() as f64);
-        let layer = limits.batch * plan.kv.pages_per_seq * plan.kv.page_bytes();
-        for capacity in [0.5, 0.0] {
-            let bytes = layer as f64 * (layers - routed * (1.0 - capacity));
-            line("K/V", bytes as u64, format!(" at capacity {capacity}"))?;
-        }
+        let held = |capacity| match plan.kv_tokens(routing.layers.len(), capacity) {
+            Some(tokens) => format!("{tokens} tokens at capacity {capacity}"),
+            None => format!("any number at {capacity}"),
+        };
+        let held: Vec<_> = [1.0, 0.5, 0.0].map(held).into();
+        line("K/V", plan.kv_bytes(), format!(", room for {}", held.join(", ")))?;
     }
     if all {
         for (name, bytes) in plan.buffers.list() {

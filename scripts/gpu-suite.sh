@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Checks and measures a build with kernels on a machine with a GPU: no Rust is needed there, only the program (built
+# elsewhere by `cargo build --release` beside nvcc) and NVIDIA's driver with cuBLASLt.
+#
+#   gpu-suite.sh [--quick] [--device cuda:N] [-o results.json] path/to/mindskip
+#
+# In this order: what is there; every op against its twin; the same under compute-sanitizer, where it is installed; the
+# embedded model's text against the CPU's; its speed, dense and routed. One JSON holds it all. Exit code 1 when a check failed.
+set -uo pipefail
+
+quick=0 device=cuda out=gpu-results.json program=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick) quick=1 ;;
+    --device) device=$2; shift ;;
+    -o) out=$2; shift ;;
+    -*) echo "gpu-suite.sh: no such option: $1" >&2; exit 1 ;;
+    *) program=$1 ;;
+  esac
+  shift
+done
+[ -x "$program" ] || { echo "gpu-suite.sh: give the program: path/to/mindskip, built with kernels" >&2; exit 1; }
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+parts=()
+
+# Runs a command whose standard output is JSON, an object a line, and keeps it under a name.
+part() { # name, command...
+  local name=$1 start=$SECONDS rc=0
+  shift
+  printf '%s ... ' "$name" >&2
+  "$@" >"$work/out" 2>"$work/err" || rc=$?
+  printf '%s, %d s\n' "$([ $rc = 0 ] && echo ok || echo "FAILED ($rc)")" $((SECONDS - start)) >&2
+  if [ $rc != 0 ]; then
+    failed=1
+    tail -n 20 "$work/err" >&2
+  fi
+  parts+=("\"$name\": {\"exit\": $rc, \"seconds\": $((SECONDS - start)), \"lines\": [$(grep '^{' "$work/out" | paste -sd,)], \
+\"errors\": $(tail -n 20 "$work/err" | text)}")
+}
+
+# Standard input as a JSON string.
+text() { printf '"%s"' "$(sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' | tr -d '\000-\010\013-\037' | sed -z 's/\n$//; s/\n/\\n/g')"; }
+
+part doctor "$program" doctor --json
+part verify "$program" doctor --verify --device "$device" --json --every $([ $quick = 1 ] && echo 7 || echo 1)
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    part "$tool" compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$work/sanitizer" \
+      "$program" doctor --verify --device "$device" --json --every $([ $quick = 1 ] && echo 200 || echo 50)
+    [ -f "$work/sanitizer" ] && tail -n 3 "$work/sanitizer" >&2
+  done
+else
+  echo "compute-sanitizer is not installed: memcheck and racecheck are left out" >&2
+fi
+
+# In f32 the same tokens; the model's own bf16 on top of it for its speed.
+same_text() {
+  local prompt="Once upon a time, there was" a b
+  a=$("$program" generate "$prompt" -n 100 --device cpu "$@") || return 1
+  b=$("$program" generate "$prompt" -n 100 --device "$device" --dtype f32 "$@") || return 1
+  [ "$a" = "$b" ] || { printf 'cpu: %s\ngpu: %s\n' "$a" "$b" >&2; return 1; }
+}
+part text_dense same_text --routers none
+part text_routed same_text
+part text_keys_active same_text --keys active
+for way in "dense --routers none" "routed" "keys_active --keys active"; do
+  read -r name options <<<"$way"
+  # shellcheck disable=SC2086 # a list of words
+  part "speed_$name" "$program" generate "Once upon a time, there was" -n 200 --ignore-eos --json --device "$device" $options
+done
+
+{
+  printf '{"date": "%s", "command": "%s", "commit": "%s", "gpu": %s, "parts": {' "$(date -u +%FT%TZ)" \
+    "gpu-suite.sh --device $device$([ $quick = 1 ] && echo ' --quick')" \
+    "$(git -C "$(dirname "$0")" rev-parse --short HEAD 2>/dev/null || echo unknown)" \
+    "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | text)"
+  (IFS=,; printf '%s' "${parts[*]}")
+  printf '}}\n'
+} >"$out.new" && mv "$out.new" "$out"
+echo "$out" >&2
+exit $failed
