@@ -2,8 +2,8 @@
  *
  * src/backend/cuda/kernels.rs is made from this file by bindgen and committed. Activations and K/V are stored in the type
  * that the kernel's name ends in: f32, f16 or bf16. Matrices have that type too; vectors, the residual stream, router
- * logits and partial results are f32. Widths that are summed over are multiples of 8, head_dim is one of 16 and at most
- * 256; buffers start at multiples of 16 bytes.
+ * logits and partial results are f32. Widths, but that of the vocabulary, are multiples of 8, head_dim is one of 16 and at
+ * most 256; buffers start at multiples of 16 bytes.
  */
 #ifndef MINDSKIP_KERNELS_H
 #define MINDSKIP_KERNELS_H

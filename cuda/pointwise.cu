@@ -97,7 +97,19 @@ KERNEL(gather, GatherArgs, THREADS) {
 KERNEL(scatter_add, ScatterAddArgs, THREADS) {
     const float* src = args.src + (size_t)blockIdx.x * args.width;
     float* x = args.x + (size_t)args.rows.index[blockIdx.x] * args.width;
-    for (uint32_t i = threadIdx.x; i < args.width; i += blockDim.x) x[i] += src[i] + (args.bias ? args.bias[i] : 0);
+    for (uint32_t at = 8 * threadIdx.x; at < args.width; at += 8 * blockDim.x) {
+        float sum[8], term[8];
+        load8(sum, x + at);
+        load8(term, src + at);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += term[i];
+        if (args.bias) {
+            load8(term, args.bias + at);
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] += term[i];
+        }
+        store8(x + at, sum);
+    }
 }
 
 template <class T> __device__ void silu_mul(const SiluMulArgs& args) {
@@ -119,8 +131,13 @@ KERNEL(silu_mul_bf16, SiluMulArgs, THREADS) { silu_mul<bf16>(args); }
 
 template <class T> __device__ void bias(const BiasArgs& args) {
     T* out = (T*)args.out + (size_t)blockIdx.x * args.width;
-    for (uint32_t i = threadIdx.x; i < args.width; i += blockDim.x) {
-        out[i] = from_f32<T>((args.add ? to_f32(out[i]) : 0) + args.bias[i]);
+    for (uint32_t at = 8 * threadIdx.x; at < args.width; at += 8 * blockDim.x) {
+        float sum[8] = {}, term[8];
+        if (args.add) load8(sum, out + at);
+        load8(term, args.bias + at);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[i] += term[i];
+        store8(out + at, sum);
     }
 }
 

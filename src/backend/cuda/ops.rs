@@ -137,6 +137,13 @@ impl CudaBackend {
         Ok(self.weights[w.id].matrix.0 as *const c_void)
     }
 
+    /// A weight whose products other ops read.
+    fn inner_matrix(&self, op: OpKind, w: Weight) -> Result<*const c_void> {
+        let aligned = w.rows.is_multiple_of(8);
+        ensure!(aligned, Unsupported, "{}: {} columns, which is no multiple of 8", op.name(), w.rows);
+        self.matrix(op, w)
+    }
+
     fn vector(&self, w: Weight) -> *const f32 {
         self.weights[w.id].vector.0 as *const f32
     }
@@ -266,7 +273,7 @@ impl CudaBackend {
             width: width as u32,
             add: gemm.add.into(),
         };
-        self.launch(op, function, a_row_a_block(rows, 8 * width), &args)
+        self.launch(op, function, a_row_a_block(rows, width), &args)
     }
 
     /// Blocks that share the K/V of a row and head.
@@ -393,7 +400,7 @@ impl Ops for CudaBackend {
             let mut of = [Product { weight: null(), bias: null(), out: q, n: 0, set: 0 }; 3];
             for (i, product) in of.iter_mut().enumerate() {
                 *product = Product {
-                    weight: self.matrix(OP, a.weights[i])?,
+                    weight: self.inner_matrix(OP, a.weights[i])?,
                     bias: self.vector_or_null(a.biases[i]),
                     out: outs[i].1,
                     n: a.weights[i].rows as u32,
@@ -409,7 +416,7 @@ impl Ops for CudaBackend {
         let mut gathered: Option<(usize, Address)> = None;
         for (i, (_, out)) in outs.into_iter().enumerate() {
             let (set, weight) = (&sets[usize::from(i > 0)], a.weights[i]);
-            self.matrix(OP, weight)?;
+            self.inner_matrix(OP, weight)?;
             if set.bound == 0 {
                 continue;
             }
@@ -524,7 +531,7 @@ impl Ops for CudaBackend {
         let (n, bound) = (a.weight.rows, a.rows.bound);
         let known = a.rows.count.is_none().then_some(Work { rows: bound, ..Work::default() });
         let work = self.account(Op::ProjectAdd(*a), known)?;
-        let (weight, bias) = (self.matrix(OP, a.weight)?, self.vector_or_null(a.bias));
+        let (weight, bias) = (self.inner_matrix(OP, a.weight)?, self.vector_or_null(a.bias));
         let rows = self.set(OP, &a.rows)?;
         if Self::is_skinny(&a.rows) {
             let of = Product { weight, bias, out: x, n: n as u32, set: 0 };
@@ -552,7 +559,7 @@ impl Ops for CudaBackend {
         let (n, bound) = (a.gate.rows, a.rows.bound);
         let known = a.rows.count.is_none().then_some(Work { rows: bound, ..Work::default() });
         let work = self.account(Op::SwiGlu(*a), known)?;
-        let weights = [self.matrix(OP, a.gate)?, self.matrix(OP, a.up)?];
+        let weights = [self.inner_matrix(OP, a.gate)?, self.inner_matrix(OP, a.up)?];
         if Self::is_skinny(&a.rows) {
             let biases = [a.gate_bias, a.up_bias].map(|bias| self.vector_or_null(bias));
             let rows = self.set(OP, &a.rows)?;
@@ -562,7 +569,6 @@ impl Ops for CudaBackend {
             let (function, launch) = self.skinny(self.functions.swiglu, bound, &[n], true);
             return self.launch(OP, function, launch, &args);
         }
-        ensure!(n.is_multiple_of(8), Unsupported, "swiglu: {n} columns, which is no multiple of 8");
         let (src, dtype) = (Address(h as u64), self.info.activations);
         let up = self.scratch(bound * n * dtype.size())?;
         for (weight, bias, to) in [(a.gate, a.gate_bias, Address(out as u64)), (a.up, a.up_bias, up)] {

@@ -231,7 +231,8 @@ fn qkv(types: Types, v: Linear) -> Case {
     }
     let q_rows = s.rows(&q_index, v.count);
     let kv_rows = s.rows(&kv_index, v.count);
-    let kv_dim = v.n.div_ceil(3);
+    let v = Linear { n: types.width(v.n), ..v };
+    let kv_dim = types.width(v.n.div_ceil(3));
     let dims = [v.n, kv_dim, kv_dim];
     let weights = [("q", dims[0]), ("k", dims[1]), ("v", dims[2])].map(|(tag, n)| s.weight(tag, n, v.k, v.weights));
     let biases = std::array::from_fn(|i| {
@@ -244,6 +245,7 @@ fn qkv(types: Types, v: Linear) -> Case {
 }
 
 fn project_add(types: Types, v: Linear) -> Case {
+    let v = Linear { n: types.width(v.n), ..v };
     let mut s = Setup::new(types);
     let rows = s.rows(&spread(v.rows), v.count);
     let src = s.activations(rows.bound + 1, v.k);
