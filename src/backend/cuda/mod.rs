@@ -244,9 +244,13 @@ impl Backend for CudaBackend {
     }
 
     fn workspace(&self, largest: &Largest, kv: &KvLayout) -> Result<usize> {
+        let refused = |cause: String| Err(Error::new(Kind::Unsupported, cause).action("use --device cpu"));
         if !kv.head_dim.is_multiple_of(16) || kv.head_dim > 256 {
-            let cause = format!("heads of {}: the kernels take multiples of 16, up to 256", kv.head_dim);
-            return Err(Error::new(Kind::Unsupported, cause).action("use --device cpu"));
+            return refused(format!("heads of {}: the kernels take multiples of 16, up to 256", kv.head_dim));
+        }
+        let widths = [largest.hidden, largest.intermediate];
+        if let Some(width) = widths.into_iter().find(|width| !width.is_multiple_of(8)) {
+            return refused(format!("rows of {width}: the kernels take multiples of 8"));
         }
         Ok(self.scratch_for(largest, kv) + books(kv))
     }
