@@ -24,7 +24,7 @@ use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::DType;
 pub use blas::version_text;
 use blas::{Blas, Failure};
-pub use probe::{Found, OLDEST, OLDEST_GPU, covers, cublaslt, devices, kernel_module, look, nvcc, present, split};
+pub use probe::{Found, OLDEST_GPU, covers, cublaslt, kernel_module, look, nvcc, split};
 use staging::{LANDING, Staging};
 use status::{Owned, check};
 

@@ -56,22 +56,11 @@ pub struct Found {
     pub devices: Vec<Description>,
 }
 
-/// Whether a GPU can be used: a driver that is new enough, and a device that it knows. Errors: Device.
-pub fn present() -> Result<()> {
-    initialise()?;
-    count().map(|_| ())
-}
-
 /// The driver and its devices. Errors: Device when there is no driver, or none that works.
 pub fn look() -> Result<Found> {
     let version = initialise()?;
     let devices = (0..count()?).map(describe).collect::<Result<_>>()?;
     Ok(Found { driver: kernel_module(), cuda: split(version), devices })
-}
-
-/// The devices; none when there is no driver either.
-pub fn devices() -> Vec<Description> {
-    look().map(|found| found.devices).unwrap_or_default()
 }
 
 /// The version of cuBLASLt as it writes it: 130000 is 13.0. Errors: Device when it is missing.
