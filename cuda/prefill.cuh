@@ -106,16 +106,16 @@ template <int HD> struct Sums {
 
     __device__ void clear() {
 #pragma unroll
-        for (auto& columns : out) columns[0] = columns[1] = columns[2] = columns[3] = 0.0f;
+        for (int i = 0; i < HD / 8; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
         top[0] = top[1] = -INF;
         total[0] = total[1] = 0.0f;
     }
     __device__ bool finite() const {
         bool finite = true;
 #pragma unroll
-        for (const auto& columns : out) {
+        for (int i = 0; i < HD / 8; i++) {
 #pragma unroll
-            for (int c = 0; c < 4; c++) finite &= fabsf(columns[c]) < INF;
+            for (int c = 0; c < 4; c++) finite &= fabsf(out[i][c]) < INF;
         }
         return finite;
     }
@@ -123,9 +123,9 @@ template <int HD> struct Sums {
     __device__ void rescale(const float (&shrink)[2]) {
         if (!__any_sync(FULL, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
 #pragma unroll
-        for (auto& columns : out) {
-            columns[0] *= shrink[0], columns[1] *= shrink[0];
-            columns[2] *= shrink[1], columns[3] *= shrink[1];
+        for (int i = 0; i < HD / 8; i++) {
+            out[i][0] *= shrink[0], out[i][1] *= shrink[0];
+            out[i][2] *= shrink[1], out[i][3] *= shrink[1];
         }
     }
     // What the thread's row g + 8r is divided by in the end, as a factor.
