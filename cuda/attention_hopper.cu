@@ -249,6 +249,9 @@ template <class T, int HD> struct Consumer {
                 products_wait<1>(scores);
                 release(room.keys_free[stage.at]);
                 weigh(scores, sums, shrink);
+                // Never so; but without a branch on them the compiler makes the weights behind the wait, and nothing is left
+                // to do while the sums are under way.
+                if (sums.total[0] < 0.0f || sums.total[1] < 0.0f) __trap();
                 products_wait<0>(sums.out);
                 release(room.values_free[before.at]);
                 sums.rescale(shrink);
