@@ -9,6 +9,7 @@
 // nothing was written, by pages that cannot be touched around buffers, stacks and shared memory, and by the checks that
 // the compiler puts in (-fsanitize; their handlers are at the end).
 
+#include "async.h"
 #include "emulator.h"
 #include "runtime.h"
 
@@ -295,10 +296,14 @@ void Worker::shuffle_warps() {
 
 // The next thread to run; null when none can.
 Fiber* Worker::pick() {
+    if (async_copies() && random.below(4) == 0) async_copy_piece();
     if (!warps[warp].ready) {
-        const uint32_t* next =
-            std::find_if(warp_order, warp_order + warp_count, [&](uint32_t w) { return warps[w].ready; });
-        if (next == warp_order + warp_count) return nullptr;
+        uint32_t *const end = warp_order + warp_count, *next;
+        const auto is_ready = [&](uint32_t w) { return warps[w].ready; };
+        while ((next = std::find_if(warp_order, end, is_ready)) == end) {
+            if (!async_copies()) return nullptr;
+            async_copy_piece(); // others may be waiting for it
+        }
         warp = *next;
     }
     Warp& w = warps[warp];
@@ -413,6 +418,7 @@ void Worker::start(uint64_t index) {
     dynamic_begin = dynamic_memory.end() - round_up(l.shared, 16);
     dynamic_end = dynamic_begin + l.shared;
     memset(dynamic_begin, POISON, dynamic_memory.end() - dynamic_begin);
+    async_begin();
 }
 
 void Worker::run(uint64_t index) {
@@ -436,7 +442,8 @@ void Worker::run(uint64_t index) {
             return report(text("wrote behind the shared variables of %s", text(s.site).c_str()));
     }
     if (!untouched(dynamic_end, dynamic_memory.end()))
-        report(text("wrote behind its %u bytes of dynamic shared memory", launch->shared));
+        return report(text("wrote behind its %u bytes of dynamic shared memory", launch->shared));
+    if (const std::string left = async_left(); !left.empty()) report(left);
 }
 
 void Worker::report(const std::string& what) {
@@ -595,6 +602,25 @@ void maybe_yield() {
     w.go_on();
 }
 
+void yield() {
+    Worker& w = *worker;
+    w.warps[w.current->thread.x / 32].ready |= 1u << w.current->lane;
+    if (w.warp_count > 1) w.shuffle_warps();
+    w.go_on();
+}
+
+Range dynamic_range() { return {worker->dynamic_begin, worker->dynamic_memory.end()}; }
+
+uint32_t draw(uint32_t below) { return worker->random.below(below); }
+
+void park(const char* what, Site site) {
+    worker->current->what = what;
+    worker->current->site = site;
+    worker->go_on();
+}
+
+void wake(uint32_t thread) { worker->warps[thread / 32].ready |= 1u << thread % 32; }
+
 void* dynamic_shared() { return worker->dynamic_begin; }
 
 void* static_shared(const void* key, size_t size, size_t align, Site site) {
@@ -673,8 +699,11 @@ int emu_launch(const void* handle, const uint32_t grid[3], uint32_t threads, uin
         return refuse("there are several kernels of this name");
 
     catch_signals();
-    std::vector<max_align_t> copied((args_size + sizeof(max_align_t) - 1) / sizeof(max_align_t));
-    if (args_size) memcpy(copied.data(), args, args_size);
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> copied((args_size + 63) / 64);
+    if (args_size) memcpy((void*)copied.data(), args, args_size);
     Launch launch;
     launch.kernel = &kernel;
     launch.place = {{}, {threads, 1, 1}, {grid[0], grid[1], grid[2]}};
