@@ -303,6 +303,7 @@ template <class T, int HD> struct Consumer {
 
     // Rows leave by way of shared memory, 16 bytes a thread, each warp's on its own: the queries are not needed any more.
     __device__ void store(const Sums<HD>& sums) const {
+        group_sync(OWN + half, WARPGROUP); // nobody multiplies with the queries any more
         const int top = own - packed; // of the warp's rows
 #pragma unroll
         for (int r = 0; r < 2; r++) {

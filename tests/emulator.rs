@@ -404,7 +404,8 @@ fn copies_of_boxes_and_products_of_warpgroups() {
         assert_eq!(box_sum("emu_box_sum", seed, 1 + seed as usize % 5), Ok(true), "seed {seed}");
     }
     let x = numbers(192 * 64);
-    let expected = |row: usize, column: usize| (0..64).map(|k| x[64 * row + k] * x[64 * (64 + column) + k]).sum::<f32>();
+    let expected =
+        |row: usize, column: usize| (0..64).map(|k| x[64 * row + k] * x[64 * (64 + column) + k]).sum::<f32>();
     let as_f16: Vec<u16> = x.iter().map(|&x| f16::from_f32(x).to_bits()).collect();
     let as_bf16: Vec<u16> = x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
     for (kernel, bits) in [("emu_operands_f16", &as_f16), ("emu_operands_bf16", &as_bf16)] {
