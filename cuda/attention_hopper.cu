@@ -134,7 +134,7 @@ template <class T, int HD> struct Consumer {
             const int row = i / (HD / 8), column = i % (HD / 8) * 8;
             const uint32_t p = packed + row;
             uint4 x = make_uint4(0, 0, 0, 0);
-            if (p < share.limit) x = *(const uint4*)((const T*)args.q + share.at(args, p) + column);
+            if (p < share.limit) x = load_query<T>(args, share.at(args, p) + column);
             *(uint4*)(room.queries[half][column / SLAB] + in_slab(row, column % SLAB)) = x;
         }
         async_fence();
@@ -321,7 +321,7 @@ template <class T, int HD> struct Consumer {
             const int i = lane + j * WARP, row = i / (HD / 8), column = i % (HD / 8) * 8;
             if (own + row >= share.limit) continue;
             const T* const from = room.queries[half][column / SLAB] + in_slab(top + row, column % SLAB);
-            *(uint4*)((T*)args.out + share.at(args, own + row) + column) = *(const uint4*)from;
+            store_sums<T>(args, share.at(args, own + row) + column, *(const uint4*)from);
         }
     }
 

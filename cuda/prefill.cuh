@@ -137,6 +137,17 @@ template <int HD> struct Sums {
     }
 };
 
+// Eight numbers in the type of K/V to their place in the output.
+template <class T> __device__ inline void store_sums(const AttendArgs& args, size_t at, const uint4& words) {
+    if (args.type == TYPE<T>) {
+        *(uint4*)((T*)args.out + at) = words;
+    } else {
+        float x[8];
+        unpack8<T>(x, words);
+        store8_of(args.type, args.out, at, x);
+    }
+}
+
 // Removes the scores of K/V rows from `key` on that rows g and g + 8 do not see.
 template <int N> __device__ inline void hide(float (&scores)[N][4], const Seen (&seen)[2], uint32_t key) {
     const int t = threadIdx.x % 4;

@@ -24,36 +24,45 @@ pub(super) struct Implementation {
 /// All that there are on this machine.
 pub(super) fn implementations() -> Vec<Implementation> {
     const ALL: &[DType] = &[DType::F32, DType::F16, DType::BF16];
-    let types = Types { activations: DType::F32, kv: DType::F32, weights: ALL, held: None, multiples: (1, 2) };
     let mut all = Vec::new();
-    for level in levels() {
-        for threads in [1, 3] {
-            let make = move || CpuBackend::with_level(Some(threads), level).expect("a CPU");
-            let name = make().info().name.clone();
-            // `cpu::simd` promises the same bits wherever there is FMA; the SSE levels have none.
-            let family = if name.contains("sse") { "cpu without FMA" } else { "cpu" };
-            let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
-            all.push(Implementation { name, types, family, rows_are_independent: true, only: OpKind::ALL, make });
+    for kv in [DType::F32, DType::F16, DType::BF16] {
+        let types = Types { activations: DType::F32, kv, weights: ALL, held: None, multiples: (1, 2) };
+        for level in if kv == DType::F32 { levels() } else { vec![levels()[0]] } {
+            for threads in [1, 3] {
+                let make = move || CpuBackend::with_level(Some(threads), level, kv).expect("a CPU");
+                let name = format!("{}, K/V in {kv}", make().info().name);
+                // `cpu::simd` promises the same bits wherever there is FMA; the SSE levels have none.
+                let family = if name.contains("sse") { "cpu without FMA" } else { "cpu" };
+                let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
+                all.push(Implementation { name, types, family, rows_are_independent: true, only: OpKind::ALL, make });
+            }
         }
     }
     // Whatever order threads run in, the bits are the same.
     #[cfg(feature = "emulate")]
-    for (dtype, weights, kernels, family) in [
-        (DType::F32, ALL, Kernels::Sm80, "cuda f32"),
-        (DType::F16, &ALL[1..2], Kernels::Sm80, "cuda f16"),
-        (DType::F16, &ALL[1..2], Kernels::Hopper, "cuda f16, Hopper"),
-        (DType::BF16, &ALL[2..], Kernels::Sm80, "cuda bf16"),
-        (DType::BF16, &ALL[2..], Kernels::Hopper, "cuda bf16, Hopper"),
+    for (dtype, kv, kernels, weights) in [
+        (DType::F32, DType::F32, Kernels::Sm80, ALL),
+        (DType::F16, DType::F16, Kernels::Sm80, &ALL[1..2]),
+        (DType::F16, DType::F16, Kernels::Hopper, &ALL[1..2]),
+        (DType::BF16, DType::BF16, Kernels::Sm80, &ALL[2..]),
+        (DType::BF16, DType::BF16, Kernels::Hopper, &ALL[2..]),
+        (DType::F32, DType::BF16, Kernels::Sm80, &ALL[..1]),
+        (DType::F32, DType::BF16, Kernels::Hopper, &ALL[..1]),
+        (DType::BF16, DType::F16, Kernels::Sm80, &ALL[2..]),
+        (DType::BF16, DType::F16, Kernels::Hopper, &ALL[2..]),
     ] {
         use crate::backend::cuda::{CudaBackend, emulated::Emulated};
         for seed in [1, 2] {
             let make = move || {
-                let backend = CudaBackend::new(Box::new(Emulated::new(seed)), dtype).expect("an emulator");
+                let backend = CudaBackend::new(Box::new(Emulated::new(seed)), dtype, kv).expect("an emulator");
                 backend.with_kernels(kernels).expect("all kernels")
             };
-            let name = format!("{}, {kernels:?}, seed {seed}", make().info().name);
-            let types = Types { activations: dtype, kv: dtype, weights, held: Some(dtype), multiples: (8, 16) };
-            let only = if kernels == Kernels::Hopper { HOPPER_OPS } else { OpKind::ALL };
+            let name = format!("{}, {kernels:?}, seed {seed}, K/V in {kv}", make().info().name);
+            let types = Types { activations: dtype, kv, weights, held: Some(dtype), multiples: (8, 16) };
+            let (family, only) = match kernels {
+                Kernels::Hopper => ("cuda, Hopper", HOPPER_OPS),
+                _ => ("cuda", OpKind::ALL),
+            };
             let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
             all.push(Implementation { name, types, family, rows_are_independent: false, only, make });
         }
@@ -100,7 +109,7 @@ fn agree(kinds: &[OpKind]) {
     let mut types: Vec<Types> = implementations.iter().map(|i| i.types).collect();
     types.dedup();
     for types in types {
-        for &kind in kinds {
+        for &kind in kinds.iter().filter(|&&kind| types.concern(kind)) {
             let cases = cases::cases(kind, types);
             assert!(!cases.is_empty() && cases.iter().all(|case| case.op.kind() == kind), "the cases of {kind:?}");
             for case in cases {

@@ -47,13 +47,13 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
                     (case, expected)
                 })
                 .collect();
-            let hopper = is_hopper && dtype != DType::F32 && HOPPER_OPS.contains(&op);
+            let hopper = is_hopper && types.kv != DType::F32 && HOPPER_OPS.contains(&op);
             for kernels in [Kernels::Sm80].into_iter().chain(hopper.then_some(Kernels::Hopper)) {
                 let cases = expected.len();
                 let mut verdict = Verdict { op, dtype, kernels, cases, failures: Vec::new(), worst: Vec::new() };
                 let mut worst = Worsts::default();
                 for (case, expected) in &expected {
-                    let backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype)?;
+                    let backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype, types.kv)?;
                     let mut backend = backend.with_kernels(kernels)?;
                     let result = perform(&mut backend, case).map_err(|e| e.to_string());
                     let result = result.and_then(|outcome| expected.compare(case, &outcome, &mut worst));
