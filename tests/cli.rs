@@ -344,6 +344,8 @@ fn bad_input_gives_one_clear_error() {
     fails(&["generate", "x", "--temperature", "-1"], &["temperature is -1"]);
     fails(&["generate", "x", "--threads", "0"], &["threads"]);
     fails(&["generate", "x", "--device", "cuda"], &["use the CPU"]);
+    fails(&["generate", "x", "--kernels", "volta"], &["no such kernels", "auto, sm80 or hopper"]);
+    fails(&["generate", "x", "--device", "cpu", "--kernels", "hopper"], &["run on a GPU", "--kernels auto"]);
     fails(&["generate", "x", "--memory", "1M"], &["weights", "activations", "K/V", "--memory"]);
     fails(&["generate", "x", "--context", "100000"], &["512"]);
     fails(&["generate", "--file", "/no/such/file"], &["/no/such/file"]);

@@ -194,7 +194,8 @@ fn kernels_for_hopper_agree_with_the_others() {
         let bundle = Bundle::embedded().unwrap();
         let settings = |keys| RouterSettings { keys, ..RouterSettings::default() };
         let routing = keys.map(|keys| random_gates(settings(keys), &[2, 3, 5, 6], 0.5));
-        let options = Options { kernels, context: Some(160), chunk: Some(130), ..emulated(dtype, 1) };
+        let options = Options { kernels, chunk: Some(130), ..emulated(dtype, 1) };
+        let options = Options { context: Some(160), rows: Some(160), ..options };
         let mut engine = Engine::new(bundle.config, bundle.weights, routing, &options).unwrap();
         let seq = engine.open().unwrap();
         engine.prefill(&[(seq, &prompt)]).unwrap().to_vec()
