@@ -96,7 +96,7 @@ pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
 
 /// For a model whose matrices are in `dtype`. Errors: Device and Unsupported when what was asked for is not there.
 /// `fallback`: why there is no GPU for Auto.
-fn backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
+pub(crate) fn backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
     #[cfg(not(feature = "cuda"))]
     let _ = (dtype, fallback);
     let cpu = || Ok(Box::new(CpuBackend::new(options.threads, options.precision)?) as Box<dyn Backend>);
