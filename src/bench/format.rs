@@ -42,12 +42,19 @@ type Cells = Vec<(&'static str, String)>;
 /// What has lines in a table.
 pub trait Lines: Serialize {
     fn lines(&self) -> Vec<Cells>;
+
+    /// Lines with the same in these columns stand together.
+    const TOGETHER: &[&str];
 }
 
 /// Writes records.
 pub fn write<R: Lines>(format: Format, records: &[R], out: &mut dyn Write) -> io::Result<()> {
     match format {
-        Format::Md => table(records.iter().flat_map(Lines::lines).collect(), out),
+        Format::Md => {
+            let mut lines: Vec<_> = records.iter().flat_map(Lines::lines).collect();
+            gather(&mut lines, R::TOGETHER);
+            table(lines, out)
+        }
         Format::Csv => csv(records, out),
         Format::Json => {
             serde_json::to_writer_pretty(&mut *out, records)?;
@@ -63,6 +70,21 @@ pub fn write<R: Lines>(format: Format, records: &[R], out: &mut dyn Write) -> io
 /// Writes records into a file, all or nothing. Errors: Io.
 pub fn save<R: Lines>(format: Format, records: &[R], path: &Path) -> Result<()> {
     files::write_atomically(path, |out| write(format, records, out))
+}
+
+/// Moves lines that have the same in some columns together, in the order in which they first come.
+fn gather(lines: &mut [Cells], columns: &[&str]) {
+    let key = |line: &Cells| -> Vec<String> {
+        line.iter().filter(|(name, _)| columns.contains(name)).map(|(_, value)| value.clone()).collect()
+    };
+    let mut met: Vec<Vec<String>> = Vec::new();
+    for line in lines.iter() {
+        let key = key(line);
+        if !met.contains(&key) {
+            met.push(key);
+        }
+    }
+    lines.sort_by_key(|line| met.iter().position(|known| *known == key(line)));
 }
 
 /// A Markdown table. What is the same in all lines stands above it, not in it.
@@ -160,6 +182,8 @@ impl super::Head {
 }
 
 impl Lines for Row {
+    const TOGETHER: &[&str] = &["device", "weights", "batch", "depth", "test"];
+
     fn lines(&self) -> Vec<Cells> {
         let line = |test: &str, phase: &Phase| {
             let compared = |text: String| if self.routing == "dense" { "-".into() } else { text };
@@ -195,6 +219,8 @@ impl Lines for Row {
 }
 
 impl Lines for OpRow {
+    const TOGETHER: &[&str] = &["device", "weights", "rows"];
+
     fn lines(&self) -> Vec<Cells> {
         let mut cells = self.head.cells();
         cells.extend([
@@ -315,17 +341,19 @@ mod tests {
 
     #[test]
     fn tables_say_once_what_is_the_same() {
-        let text = written(Format::Md, &[row("dense", true), row("attn_token", false)]);
+        let text = written(Format::Md, &[row("dense", true), row("attn_token", false), row("mlp_token", true)]);
         let (above, table) = text.split_once("\n\n").unwrap();
         assert!(above.contains("model: stories, 1.7M parameters  \n"), "{text}");
         assert!(!above.contains("driver"), "what is not known is not said: {text}");
         let lines: Vec<&str> = table.lines().collect();
-        assert_eq!(lines.len(), 2 + 3, "prefill and decode, dense, and decode, routed: {text}");
+        assert_eq!(lines.len(), 2 + 5, "three have a decode phase, two a prefill: {text}");
         assert!(lines.iter().all(|line| line.chars().count() == lines[0].chars().count()), "{text}");
         let cells = |i: usize| lines[i].split('|').map(str::trim).filter(|cell| !cell.is_empty()).collect::<Vec<_>>();
         assert_eq!(cells(0), ["test", "routing", "keys", "capacity", "speedup", "ideal", "efficiency"]);
         assert_eq!(cells(2), ["prefill 512", "dense", "-", "-", "-", "-", "-"]);
-        assert_eq!(cells(4), ["decode 64", "attn_token", "all", "0.3", "1.50", "2.00", "0.75"]);
+        assert_eq!(cells(3)[..2], ["prefill 512", "mlp_token"], "together with the other prefill");
+        assert_eq!(cells(4)[..2], ["decode 64", "dense"]);
+        assert_eq!(cells(5), ["decode 64", "attn_token", "all", "0.3", "1.50", "2.00", "0.75"]);
         assert_eq!(written::<Row>(Format::Md, &[]), "");
     }
 

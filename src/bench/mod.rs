@@ -48,25 +48,10 @@ impl Subject {
         Subject { name: name.into(), config, weights: None }
     }
 
-    /// Its weights for a machine, stored there as `dtype` says; None: as the model is, random ones in bf16.
-    ///
-    /// Errors: Argument for another type than the model's on a CPU, which reads weights in place.
-    fn weights(&self, on: Device, dtype: Option<DType>) -> Result<Weights> {
-        let Some(weights) = &self.weights else {
-            return Ok(Weights::random(&self.name, &self.config, dtype.unwrap_or(DType::BF16), 0));
-        };
-        match dtype.filter(|&dtype| on == Device::Cpu && dtype != weights.main_dtype()) {
-            Some(dtype) => Err(Error::new(
-                Kind::Argument,
-                format!(
-                    "{} is stored in {}, and a CPU does not convert it to {dtype}",
-                    self.name,
-                    weights.main_dtype()
-                ),
-            )
-            .action("leave --dtype out, or give a --shape, whose random weights are made in any type")),
-            None => Ok(weights.clone()),
-        }
+    /// Its weights; random ones in `dtype`, or bf16.
+    fn weights(&self, dtype: Option<DType>) -> Weights {
+        let random = || Weights::random(&self.name, &self.config, dtype.unwrap_or(DType::BF16), 0);
+        self.weights.clone().unwrap_or_else(random)
     }
 }
 
@@ -119,9 +104,18 @@ impl Setting {
     }
 
     /// The rates of the machine, and what is known of it, the subject and this program.
+    ///
+    /// Errors: Argument for another type than the model's on a CPU, which reads weights in place; those of
+    /// [`rates`](crate::engine::rates).
     fn head(&self, subject: &Subject, weights: &Weights) -> Result<Head> {
-        let dtype = self.dtype.unwrap_or(weights.main_dtype());
-        let (info, rates) = crate::engine::rates(&self.options(), dtype)?;
+        let stored = weights.main_dtype();
+        let (info, rates) = crate::engine::rates(&self.options(), stored)?;
+        let dtype = info.weights.unwrap_or(stored);
+        if let Some(wanted) = self.dtype.filter(|&wanted| wanted != dtype) {
+            let cause = format!("{} is stored in {stored}, and a CPU does not convert it to {wanted}", subject.name);
+            let action = "leave --dtype out, or give a --shape, whose random weights are made in any type";
+            return Err(Error::new(Kind::Argument, cause).action(action));
+        }
         Ok(Head {
             version: env!("CARGO_PKG_VERSION").into(),
             commit: option_env!("MINDSKIP_COMMIT").map(str::to_owned),
@@ -197,9 +191,6 @@ impl Plan {
         for p in self.points() {
             if p.prompt + p.generated == 0 {
                 return bad("--prompt 0 with --gen 0 measures nothing".into(), "give one of them");
-            }
-            if p.prompt + p.depth == 0 {
-                return bad("nothing to decode from".into(), "give --prompt or --depth as well as --gen");
             }
             let (length, most) = (run::context(&p), self.subject.config.context);
             if length > most {

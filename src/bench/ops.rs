@@ -52,7 +52,7 @@ pub fn measure_ops(
         let cause = format!("{most} tokens are more than the {} of {}", plan.subject.config.context, plan.subject.name);
         return Err(Error::new(Kind::Argument, cause).action("lower --rows or --context"));
     }
-    let weights = plan.subject.weights(plan.setting.device, plan.setting.dtype)?;
+    let weights = plan.subject.weights(plan.setting.dtype);
     let head = plan.setting.head(&plan.subject, &weights)?;
     let all = plan.rows.len() * OpKind::ALL.len();
     for (i, &rows) in plan.rows.iter().enumerate() {

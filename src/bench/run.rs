@@ -58,7 +58,7 @@ pub fn measure(
     };
     for setting in &plan.settings {
         tell("what the machine can do".into(), 0)?;
-        let weights = plan.subject.weights(setting.device, setting.dtype)?;
+        let weights = plan.subject.weights(setting.dtype);
         let head = setting.head(&plan.subject, &weights)?;
         for point in &points {
             tell("weights".into(), 0)?;
