@@ -10,7 +10,7 @@ use super::{Head, Setting, Subject};
 use crate::backend::*;
 use crate::config::Config;
 use crate::engine;
-use crate::error::{Error, Kind, Result, ensure};
+use crate::error::{Error, Kind, Result};
 use crate::memory::{Buffers, Limits, MemoryPlan, Routed};
 use crate::tensor::{DType, Tensor};
 use crate::weights::Weights;
@@ -43,11 +43,9 @@ pub fn measure_ops(
     each: &mut dyn FnMut(Vec<OpRow>),
 ) -> Result<()> {
     let most = plan.rows.iter().copied().max().unwrap_or(0).max(plan.context);
-    ensure!(
-        !plan.rows.is_empty() && !plan.rows.contains(&0) && plan.reps > 0,
-        Argument,
-        "nothing to measure; give 1 or more"
-    );
+    if plan.rows.is_empty() || plan.rows.contains(&0) || plan.reps == 0 {
+        return Err(Error::new(Kind::Argument, "--rows or --reps names nothing to measure").action("give 1 or more"));
+    }
     if most > plan.subject.config.context {
         let cause = format!("{most} tokens are more than the {} of {}", plan.subject.config.context, plan.subject.name);
         return Err(Error::new(Kind::Argument, cause).action("lower --rows or --context"));

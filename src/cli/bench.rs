@@ -58,7 +58,7 @@ struct Sweep {
     /// Whose keys and values a routed layer holds: all, active. All, or as the routers say.
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = keys, help_heading = "Routing")]
     keys: Vec<Keys>,
-    /// Routed layers: last:N, all, 3-9, 2. The upper half, or those of the routers.
+    /// Routed layers: last:N (before the final one), all, 3-9, 1,2,5. The upper half, or those of the routers.
     #[arg(long, value_parser = layers, help_heading = "Routing")]
     layers: Option<LayerSpec>,
     /// Tokens that are read in one prefill; 0 for none.
