@@ -15,7 +15,7 @@ use mindskip::router::{Granularity, Keys, RouterSettings};
 use mindskip::tensor::DType;
 
 fn setting(device: Device, dtype: Option<DType>) -> Setting {
-    Setting { device, dtype, threads: Some(2), precision: Precision::F32, memory: None }
+    Setting { device, dtype, kv_dtype: None, threads: Some(2), precision: Precision::F32, memory: None }
 }
 
 fn stories() -> Subject {
@@ -194,7 +194,7 @@ mod emulated {
             check(&row);
             assert_eq!((row.head.dtype.as_str(), row.head.model.as_str()), ("f16", "tiny"));
             let decode = row.decode.unwrap();
-            // The logits of each step, and the counts of the one before.
+            // The tokens of each step, and the counts of the one before.
             assert_eq!((decode.replays, decode.launches, (decode.syncs * 3.0).round()), (1.0, 1.0, 5.0));
         }
     }

@@ -175,6 +175,7 @@ impl super::Head {
             ("driver", or_dash(&self.driver)),
             ("model", format!("{}, {:.1}M parameters", self.model, self.parameters as f64 / 1e6)),
             ("weights", self.dtype.clone()),
+            ("K/V", self.kv_dtype.clone()),
             ("copy", format!("{} GB/s", short(self.copy_rate / 1e9))),
             ("product", format!("{} GFLOP/s", short(self.product_rate / 1e9))),
         ]
@@ -182,7 +183,7 @@ impl super::Head {
 }
 
 impl Lines for Row {
-    const TOGETHER: &[&str] = &["device", "weights", "batch", "depth", "test"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "batch", "depth", "test"];
 
     fn lines(&self) -> Vec<Cells> {
         let line = |test: &str, phase: &Phase| {
@@ -219,7 +220,7 @@ impl Lines for Row {
 }
 
 impl Lines for OpRow {
-    const TOGETHER: &[&str] = &["device", "weights", "rows"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "rows"];
 
     fn lines(&self) -> Vec<Cells> {
         let mut cells = self.head.cells();
@@ -253,6 +254,7 @@ mod tests {
             model: "stories".into(),
             parameters: 1_700_000,
             dtype: "bf16".into(),
+            kv_dtype: "f32".into(),
             precision: "f32".into(),
             threads: Some(2),
             copy_rate: 2e10,

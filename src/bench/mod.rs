@@ -1,9 +1,8 @@
 //! What skipping buys, measured: dense and routed runs of one model in turns, beside what the machine could do at best.
 //!
 //! A [`Plan`] is a sweep. Each combination of its lists is a [`Point`] with an engine of its own, in which the ways to run
-//! take turns: round by round, in another order each time, so that what slows the machine down falls on all of them. Prompts
-//! are random token ids, the same for all; what is decoded is random too, as nothing depends on it but the time that nobody
-//! wants to measure, that of choosing.
+//! take turns: round by round, in another order each time, so that what slows the machine down falls on all of them. Each step
+//! chooses the best next token, as a greedy generation does; what goes in are random token ids, the same for all ways.
 
 mod format;
 mod ops;
@@ -90,8 +89,10 @@ impl Way {
 #[derive(Debug, Clone)]
 pub struct Setting {
     pub device: Device,
-    /// What weights are stored in; on a GPU also activations and K/V. None: as the model is.
+    /// What weights are stored in; on a GPU also activations. None: as the model is.
     pub dtype: Option<DType>,
+    /// What K/V are stored in; None: as the activations are.
+    pub kv_dtype: Option<DType>,
     pub threads: Option<usize>,
     pub precision: Precision,
     pub memory: Option<Budget>,
@@ -99,8 +100,8 @@ pub struct Setting {
 
 impl Setting {
     fn options(&self) -> Options {
-        let Setting { device, dtype, threads, precision, memory } = *self;
-        Options { device, dtype, threads, precision, memory, ..Options::default() }
+        let Setting { device, dtype, kv_dtype, threads, precision, memory } = *self;
+        Options { device, dtype, kv_dtype, threads, precision, memory, ..Options::default() }
     }
 
     /// The rates of the machine, and what is known of it, the subject and this program.
@@ -126,6 +127,7 @@ impl Setting {
             model: subject.name.clone(),
             parameters: weights.parameters(),
             dtype: dtype.to_string(),
+            kv_dtype: info.kv.to_string(),
             precision: match self.precision {
                 Precision::F32 => "f32".into(),
                 Precision::Bf16 => "bf16".into(),

@@ -34,6 +34,9 @@ const TURNS: usize = 256 << 20;
 const SHORTEST: f64 = 5e-3;
 const MOST_CALLS: usize = 1024;
 
+/// How the one sequence's next token is drawn: the settings that most models come with.
+const DRAW: Draw = Draw { temperature: 0.8, top_k: 50, top_p: 0.95, min_p: 0.0, random: 1 << 63 };
+
 /// Runs every op at every size and hands over the rows of a size when it is done.
 ///
 /// Errors: Argument for sizes that make no sense; what the backend refuses; Interrupted.
@@ -173,6 +176,7 @@ impl OpBench {
         be.write_ints(b.seq_start, &[0, rows as u32])?;
         be.write_ints(b.slots, &[0])?;
         be.write_ints(b.cuts, &[rows as u32])?;
+        be.write_ints(b.draws, &DRAW.words())?;
         be.write_ints(b.targets, &ids[..b.targets.len.min(rows)])?;
         be.kv_len(layer, 0, from)?;
         let dense = Op::Route(Route { decide: Decide::All, queries: Take::All, ..self.route(layer) });
@@ -233,7 +237,7 @@ impl OpBench {
         let mut wait = [0];
         self.backend.read_ints(self.buffers.cuts, &mut wait)?;
         let start = Instant::now();
-        let key = StepKey { rows: self.recorded };
+        let key = StepKey { rows: self.recorded, next: Next::Logits };
         self.backend.step(Some(key), &mut |be| (0..calls).try_for_each(|i| ops[i % ops.len()].run(be)))?;
         self.backend.read_ints(self.buffers.cuts, &mut wait)?;
         Ok(start.elapsed().as_secs_f64() / calls as f64)
@@ -336,6 +340,9 @@ impl OpBench {
                 targets: b.targets.slice(0..scored),
                 out: b.logprobs.rows(0..scored),
             }),
+            OpKind::Sample => {
+                Op::Sample(Sample { logits: b.logits.rows(0..1), draws: Some(b.draws), tokens: b.tokens })
+            }
         }
     }
 }

@@ -21,6 +21,7 @@ pub struct Head {
     pub parameters: usize,
     /// What the matrices are stored in.
     pub dtype: String,
+    pub kv_dtype: String,
     /// What bf16 weights are multiplied with on a CPU.
     pub precision: String,
     pub threads: Option<usize>,
@@ -64,7 +65,7 @@ pub struct Row {
     /// Bytes of the K/V pages held at the end, and of those that the dense model would hold besides.
     pub kv: u64,
     pub kv_saved: u64,
-    /// From the prompt to its first token, greedily chosen.
+    /// From the prompt to its first token.
     pub first_token_ms: Option<f64>,
     pub prefill: Option<Phase>,
     pub decode: Option<Phase>,
@@ -141,7 +142,7 @@ pub struct OpRow {
     #[serde(flatten)]
     pub head: Head,
     pub op: String,
-    /// Rows that it processes; `attend` of one row sees `context` rows of K/V.
+    /// Rows of the step; `attend` sees `context` rows of K/V with them. Of logits there are at most 64, of draws one.
     pub rows: usize,
     pub context: usize,
     /// Microseconds of a call, by the median; see [`Stats::spread`].

@@ -6,8 +6,9 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::record::Measured;
+use super::stats::Stats;
 use super::{Head, Phase, Plan, Point, Row, Setting, Way};
-use crate::backend::{Counters, mix};
+use crate::backend::{Counters, Draw, mix};
 use crate::engine::{Activity, Engine, KvUsage, Options, Seq};
 use crate::error::{Error, Kind, Result};
 use crate::model::{Gates, Routing};
@@ -31,6 +32,9 @@ const FILL: usize = 4096;
 
 /// Bytes that are passed over between two runs on a CPU, so that none finds in the caches what the one before left there.
 const EVICT: usize = 128 << 20;
+
+/// The best token.
+const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
 
 /// Tokens of a sequence at its end.
 pub(super) fn context(p: &Point) -> usize {
@@ -92,7 +96,6 @@ struct Bench<'a> {
 #[derive(Default)]
 struct Taken {
     prefill: Measured,
-    first_token: Vec<f64>,
     decode: Measured,
     /// Of the last run; all do the same.
     active: f64,
@@ -140,13 +143,12 @@ impl<'a> Bench<'a> {
         if prompt > 0 {
             self.engine.clear_counts()?;
             let before = self.engine.counters();
-            let (prefill, first) = self.prefill(&seqs, depth, prompt)?;
+            let took = self.prefill(&seqs, depth, prompt)?;
             taken.prefill.asked = since(before, self.engine.counters());
             taken.prefill.meter = self.engine.meter().clone();
             add(&mut activity, self.engine.activity()?);
             if counts {
-                taken.prefill.samples.push(prefill);
-                taken.first_token.push(first);
+                taken.prefill.samples.push(took);
             }
         }
         if generated > 0 {
@@ -155,13 +157,14 @@ impl<'a> Bench<'a> {
             let steps: Vec<Vec<(Seq, u32)>> = (0..SETTLE + generated)
                 .map(|step| seqs.iter().zip(&inputs).map(|(&seq, ids)| (seq, ids[step])).collect())
                 .collect();
+            let greedy = vec![GREEDY; batch];
             for step in &steps[..SETTLE] {
-                self.engine.decode(step)?;
+                self.engine.decode_and_sample(step, &greedy)?;
             }
             self.engine.clear_counts()?;
             let (before, start) = (self.engine.counters(), Instant::now());
             for step in &steps[SETTLE..] {
-                self.engine.decode(step)?;
+                self.engine.decode_and_sample(step, &greedy)?;
             }
             let took = start.elapsed().as_secs_f64();
             taken.decode.asked = since(before, self.engine.counters());
@@ -176,17 +179,13 @@ impl<'a> Bench<'a> {
         seqs.into_iter().try_for_each(|seq| self.engine.close(seq))
     }
 
-    /// Reads `n` tokens of each sequence; seconds until that is done, and until the best next token is known.
-    fn prefill(&mut self, seqs: &[Seq], from: usize, n: usize) -> Result<(f64, f64)> {
+    /// Reads `n` tokens of each sequence; seconds until the next token of each is known.
+    fn prefill(&mut self, seqs: &[Seq], from: usize, n: usize) -> Result<f64> {
         let prompts: Vec<Vec<u32>> = (0..seqs.len()).map(|s| self.ids(s, from, n)).collect();
         let inputs: Vec<(Seq, &[u32])> = seqs.iter().copied().zip(prompts.iter().map(Vec::as_slice)).collect();
-        let vocab = self.plan.subject.config.vocab;
         let start = Instant::now();
-        let logits = self.engine.prefill(&inputs)?;
-        let done = start.elapsed().as_secs_f64();
-        let best = logits.chunks_exact(vocab).map(|row| (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b])));
-        std::hint::black_box(best.collect::<Vec<_>>());
-        Ok((done, start.elapsed().as_secs_f64()))
+        self.engine.prefill_and_sample(&inputs, &vec![GREEDY; seqs.len()])?;
+        Ok(start.elapsed().as_secs_f64())
     }
 
     fn row(&self, head: &Head, way: &Way, own: &Taken, dense: &Taken) -> Row {
@@ -215,7 +214,7 @@ impl<'a> Bench<'a> {
             memory: plan.weights + plan.activations() + own.kv.bytes,
             kv: own.kv.bytes,
             kv_saved: own.kv.dense_bytes - own.kv.bytes,
-            first_token_ms: (prompt > 0).then(|| 1e3 * super::stats::Stats::of(&own.first_token).median),
+            first_token_ms: (prompt > 0).then(|| 1e3 * Stats::of(&own.prefill.samples).median),
             prefill: (prompt > 0).then(|| Phase::new(&own.prefill, &dense.prefill, batch * prompt, 1, &rates)),
             decode: (generated > 0)
                 .then(|| Phase::new(&own.decode, &dense.decode, batch * generated, generated, &rates)),

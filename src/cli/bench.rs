@@ -114,9 +114,12 @@ struct On {
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", value_parser = device,
         help_heading = "Machine")]
     device: Vec<Device>,
-    /// f32, f16 or bf16 for weights, on a GPU also for activations and K/V; bf16, or as the model is stored.
+    /// f32, f16 or bf16 for weights, on a GPU also for activations; bf16, or as the model is stored.
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = dtype, help_heading = "Machine")]
     dtype: Vec<DType>,
+    /// f32, f16 or bf16 for K/V; as the activations when nothing is given, which are f32 on the CPU.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = dtype, help_heading = "Machine")]
+    kv_dtype: Vec<DType>,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Machine")]
     threads: Vec<usize>,
@@ -172,13 +175,16 @@ impl On {
         let mut settings = Vec::new();
         for &device in &self.device {
             for dtype in each(&self.dtype) {
-                settings.extend(each(&self.threads).map(|threads| Setting {
-                    device,
-                    dtype,
-                    threads,
-                    precision,
-                    memory: self.memory,
-                }));
+                for kv_dtype in each(&self.kv_dtype) {
+                    settings.extend(each(&self.threads).map(|threads| Setting {
+                        device,
+                        dtype,
+                        kv_dtype,
+                        threads,
+                        precision,
+                        memory: self.memory,
+                    }));
+                }
             }
         }
         settings
