@@ -35,7 +35,7 @@ fn narrow_kv_stay_close_to_f32() {
         (engine.logprobs(&prompt[101..]).unwrap(), engine.plan().kv.page_bytes())
     };
     let (exact, bytes) = score(None);
-    // Measured on the CPU: 1.4e-4 and 1.1e-3 of the largest.
+    // Measured: 7e-5 and 7e-4 of the largest on the CPU, 1.1e-4 and 1.3e-3 on the emulator.
     for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F16, 1e-3), (DType::BF16, 8e-3)] {
         let (rounded, narrow) = score(Some(dtype));
         assert_close(&format!("{dtype}"), &rounded, &exact, tolerance);
