@@ -33,7 +33,7 @@ enum Command {
     Chat(chat::Chat),
     Score(score::Score),
     Inspect(inspect::Inspect),
-    Bench(bench::Bench),
+    Bench(Box<bench::Bench>),
     Doctor(doctor::Doctor),
 }
 

@@ -19,9 +19,9 @@ impl CudaBackend {
         self.device.copy_out(self.staged, &mut [0; 4])
     }
 
-    /// What `run` gives for the largest size that is called for. Each size takes memory of its own; where that is not to be
-    /// had, the one before counts.
-    fn grow(&mut self, sizes: [usize; 4], run: &mut dyn FnMut(&mut Self, usize) -> Result<(f64, f64)>) -> Result<f64> {
+    /// The rate that `run` gives, beside the seconds of a call, for the largest size that is called for. Each size takes memory
+    /// of its own; where that is not to be had, the one before counts.
+    fn grow(&mut self, sizes: [usize; 4], mut run: impl FnMut(&mut Self, usize) -> Result<(f64, f64)>) -> Result<f64> {
         let mut rate = run(self, sizes[0])?;
         for size in &sizes[1..] {
             if rate.0 > LONG.as_secs_f64() {
@@ -36,7 +36,7 @@ impl CudaBackend {
     }
 
     fn copy_rate(&mut self) -> Result<f64> {
-        self.grow(COPIES, &mut |this, bytes| {
+        self.grow(COPIES, |this, bytes| {
             let (from, to) = (this.device.allocate(bytes)?, this.device.allocate(bytes)?);
             this.device.clear(from, bytes)?;
             let seconds = best(&mut |n| {
@@ -49,7 +49,7 @@ impl CudaBackend {
 
     fn product_rate(&mut self) -> Result<f64> {
         let dtype = self.info.activations;
-        self.grow(PRODUCTS, &mut |this, n| {
+        self.grow(PRODUCTS, |this, n| {
             let bytes = n * n * dtype.size();
             let noise = Noise { seed: n as u64, mean: 0.0, scale: 1.0 };
             let mut matrix = || {
