@@ -27,8 +27,9 @@ pub struct OpsPlan {
     pub reps: usize,
 }
 
-/// Layers that take turns have at least so many bytes together, more than caches hold, as long as the model has so many.
-const TURNS: usize = 256 << 20;
+/// Layers that take turns have at least so many bytes together, as long as the model has so many: each part of them more than
+/// caches hold.
+const TURNS: usize = 1 << 30;
 
 /// Seconds that a sample lasts at least, and the most calls that it is made of.
 const SHORTEST: f64 = 5e-3;
@@ -179,7 +180,8 @@ impl OpBench {
         be.write_ints(b.draws, &DRAW.words())?;
         be.write_ints(b.targets, &ids[..b.targets.len.min(rows)])?;
         be.kv_len(layer, 0, from)?;
-        let dense = Op::Route(Route { decide: Decide::All, queries: Take::All, ..self.route(layer) });
+        let window = self.config.windows[layer];
+        let dense = Op::Route(Route { decide: Decide::All, queries: Take::All, window, ..self.route(layer) });
         let chain = [OpKind::Embed, OpKind::RopeAngles, OpKind::NormGate].map(|kind| self.op(kind, layer));
         let rest = [OpKind::Qkv, OpKind::RopeAppend].map(|kind| self.op(kind, layer));
         let mut all = chain.iter().chain([&dense]).chain(&rest);
@@ -254,7 +256,8 @@ impl OpBench {
             decide: Decide::Threshold(0.5),
             queries: Take::Active,
             keys: Take::All,
-            window: self.config.windows[layer],
+            // Calls in a row move on beyond the K/V that are there, where a window would be looked for.
+            window: None,
             logits: b.gate.rows(0..rows),
             pos: b.pos.slice(0..rows),
             seq_start: b.seq_start,
