@@ -165,6 +165,15 @@ typedef struct PutIntsArgs {
     uint32_t *ints;
 } PutIntsArgs;
 
+/* out[i] = mean + scale * u for a u of [-1, 1) that is a hash of seed and i: see src/backend/noise.rs. */
+typedef struct NoiseArgs {
+    void *out; /* [n] */
+    uint64_t n; /* a multiple of 8 */
+    uint64_t seed;
+    float mean;
+    float scale;
+} NoiseArgs;
+
 /* route.cu */
 
 #define ROUTE_ALL 0

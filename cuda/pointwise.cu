@@ -181,6 +181,30 @@ KERNEL(logprobs, LogProbsArgs, THREADS) {
     }
 }
 
+// SplitMix64's output for place i. Without fused multiply-adds, as the same numbers are made elsewhere.
+__device__ inline float noise_at(const NoiseArgs& args, uint64_t i) {
+    uint64_t z = args.seed + (i + 1) * 0x9e3779b97f4a7c15ull;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    const uint32_t bits = (uint32_t)((z ^ (z >> 31)) >> 40);
+    const float unit = __fadd_rn(__fmul_rn((float)bits, 1.0f / (1 << 23)), -1.0f);
+    return __fadd_rn(args.mean, __fmul_rn(args.scale, unit));
+}
+
+template <class T> __device__ void noise(const NoiseArgs& args) {
+    const uint64_t step = 8ull * gridDim.x * blockDim.x;
+    for (uint64_t at = 8 * ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x); at < args.n; at += step) {
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = noise_at(args, at + i);
+        store8((T*)args.out + at, x);
+    }
+}
+
+KERNEL(noise_f32, NoiseArgs, THREADS) { noise<float>(args); }
+KERNEL(noise_f16, NoiseArgs, THREADS) { noise<f16>(args); }
+KERNEL(noise_bf16, NoiseArgs, THREADS) { noise<bf16>(args); }
+
 KERNEL(put_ints, PutIntsArgs, THREADS) {
     const uint32_t* run = args.runs + args.starts[blockIdx.x];
     for (uint32_t i = threadIdx.x; i < run[1]; i += blockDim.x) args.ints[run[0] + i] = run[2 + i];

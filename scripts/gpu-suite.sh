@@ -72,6 +72,35 @@ for way in "dense --routers none" "routed" "keys_active --keys active"; do
   part "speed_$name" "$program" generate "Once upon a time, there was" -n 200 --ignore-eos --json --device "$device" $options
 done
 
+# Models with random weights that are made on the GPU, dense and routed in turns; every op by itself; PyTorch, where it is.
+# What takes too long costs only itself.
+bench() { # name, seconds at most, options...
+  local name=$1 most=$2
+  shift 2
+  part "bench_$name" timeout "$most" "$program" bench "$@" --device "$device" --dtype bf16 --format jsonl
+}
+if [ $quick = 1 ]; then
+  for shape in llama-3-8b smollm2-135m; do
+    bench "$shape" 30 --shape $shape --prompt 2048 --gen 32 --reps 2 --granularity attn_token,block_sequence --capacity 0.5
+  done
+  bench ops_llama-3-8b 20 ops --shape llama-3-8b --rows 1,2048 --context 2048 --reps 3
+else
+  for shape in llama-3-8b mistral-7b qwen2.5-7b smollm2-135m; do
+    bench "$shape" 60 --shape $shape --prompt 2048 --gen 64 --reps 3 --granularity all --keys all,active --capacity 0.5
+  done
+  bench llama-3-8b_capacity 40 --shape llama-3-8b --prompt 2048 --gen 64 --reps 3
+  bench llama-3-8b_deep 40 --shape llama-3-8b --depth 6144 --prompt 1024 --gen 64 --reps 3 --keys all,active --capacity 0.5
+  bench llama-3-8b_batch 40 --shape llama-3-8b --batch 8,32 --prompt 128 --gen 64 --reps 3 --capacity 0.5
+  for shape in llama-3-8b smollm2-135m; do
+    bench "ops_$shape" 30 ops --shape $shape --rows 1,8,64,2048,8192 --context 8192
+  done
+fi
+if python3 -c 'import torch' 2>/dev/null; then
+  part torch timeout 60 "$(dirname "$0")/compare-torch.py" $([ $quick = 1 ] && echo --quick)
+else
+  echo "torch is not installed: it is not compared with" >&2
+fi
+
 {
   printf '{"date": "%s", "command": "%s", "commit": "%s", "gpu": %s, "parts": {' "$(date -u +%FT%TZ)" \
     "gpu-suite.sh --device $device$([ $quick = 1 ] && echo ' --quick')" \

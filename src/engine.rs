@@ -7,7 +7,7 @@ pub use crate::backend::Draw;
 use crate::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{self, CudaBackend};
-use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, SAMPLE_NONE, Take, mean, sigmoid};
+use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, Rates, SAMPLE_NONE, Take, mean, sigmoid};
 pub use crate::backend::{Kernels, Precision};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
@@ -93,10 +93,19 @@ impl Options {
     }
 }
 
-/// Errors: Device and Unsupported when what was asked for is not there. `fallback`: why there is no GPU for Auto.
-fn backend(options: &Options, weights: &Weights, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
+/// What a device can do at best, measured there with products of weights in `dtype`, and what it calls itself.
+/// Errors: as of [`Engine::new`].
+pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
+    let mut backend = backend(options, dtype, &mut None)?;
+    let rates = backend.rates(dtype)?;
+    Ok((backend.info().clone(), rates))
+}
+
+/// For a model whose matrices are in `dtype`. Errors: Device and Unsupported when what was asked for is not there.
+/// `fallback`: why there is no GPU for Auto.
+pub(crate) fn backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
     #[cfg(not(feature = "cuda"))]
-    let _ = (weights, fallback);
+    let _ = (dtype, fallback);
     let hopper = options.kernels == Kernels::Hopper;
     let cpu = || {
         if hopper {
@@ -108,7 +117,7 @@ fn backend(options: &Options, weights: &Weights, fallback: &mut Option<Error>) -
     };
     #[cfg(feature = "cuda")]
     let gpu = |device| {
-        let dtype = options.dtype.unwrap_or(weights.main_dtype());
+        let dtype = options.dtype.unwrap_or(dtype);
         let backend = CudaBackend::new(device, dtype, options.kv_dtype.unwrap_or(dtype))?;
         Ok(Box::new(backend.with_kernels(options.kernels)?) as _)
     };
@@ -208,7 +217,7 @@ impl Engine {
     /// [`Weights::tensor`] refuses.
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
         let mut fallback = None;
-        let mut backend = backend(options, &weights, &mut fallback)?;
+        let mut backend = backend(options, weights.main_dtype(), &mut fallback)?;
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
@@ -230,6 +239,22 @@ impl Engine {
         })
     }
 
+    /// Routes otherwise from here on; None: not at all. Weights, plan and counts stay.
+    ///
+    /// Errors: Argument while a sequence is open, and for more routed layers than the engine was planned for; what
+    /// [`RouterSet::check`](crate::router::RouterSet::check) refuses. The model is dense then.
+    pub fn reroute(&mut self, routing: Option<Routing>) -> Result<()> {
+        ensure!(self.open.iter().all(Option::is_none), Argument, "sequences are open: they were routed otherwise");
+        let (planned, wanted) = (self.state.plan.routed, routing.as_ref().map_or(0, |r| r.layers.len()));
+        ensure!(wanted <= planned, Argument, "{wanted} layers are routed, {planned} were planned for");
+        if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
+            set.check(&self.model.config, &self.weights.fingerprint())?;
+        }
+        self.backend.forget()?;
+        self.state.forget();
+        self.model.route(routing, self.backend.as_mut())
+    }
+
     /// The memory that an engine would take, without building it. Errors: as of [`new`](Self::new).
     pub fn plan_for(
         config: &Config,
@@ -237,7 +262,7 @@ impl Engine {
         routing: Option<&Routing>,
         options: &Options,
     ) -> Result<MemoryPlan> {
-        plan(config, weights, routing, options, backend(options, weights, &mut None)?.as_ref())
+        plan(config, weights, routing, options, backend(options, weights.main_dtype(), &mut None)?.as_ref())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.

@@ -10,11 +10,13 @@
 //! | bytes in, checked tables out | [`config`], [`weights`], [`tokenizer`], [`chat`], [`generation`], [`memory`], [`hub`], [`bundle`] |
 //! | the method | [`router`], [`model`], [`sample`] |
 //! | sequences and batches | [`engine`], [`generate`](mod@generate) |
+//! | measuring | [`bench`](mod@bench) |
 //!
 //! A program of ten lines that generates stands in the README. [`model`] reads like the paper; start there.
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod bench;
 pub mod bundle;
 pub mod chat;
 pub mod config;

@@ -101,6 +101,8 @@ const HEAD_ROWS: usize = 64;
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
     pub limits: Limits,
+    /// Layers that may be routed.
+    pub routed: usize,
     /// Bytes that may be used: by [`Limits::memory`], or what the device has free; None when that is not known.
     pub available: Option<u64>,
     pub weights: u64,
@@ -167,6 +169,7 @@ impl MemoryPlan {
         let workspace = be.workspace(&largest, &kv)? as u64;
         let mut plan = MemoryPlan {
             limits,
+            routed: routed.layers,
             available,
             weights,
             in_place: device.weights.is_none(),

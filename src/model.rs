@@ -4,6 +4,8 @@
 //! attention (target `attn`), pass the MLP (`mlp`) or both (`block`); what is skipped is not computed. RoPE and windows
 //! go by original positions, never by compacted indices.
 
+use std::collections::BTreeMap;
+
 use crate::backend::*;
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
@@ -26,6 +28,8 @@ pub struct Model {
     head: Weight,
     /// `[1, head_dim/2]`: radians per position
     inv_freq: Weight,
+    /// The routers that were handed over last, and where they are held.
+    routers: Option<(RouterSet, BTreeMap<usize, Weight>)>,
 }
 
 /// One decoder layer.
@@ -138,7 +142,7 @@ impl Model {
     pub fn load(config: Config, weights: &Weights, routing: Option<Routing>, be: &mut dyn Backend) -> Result<Self> {
         let (hidden, inter, d) = (config.hidden, config.intermediate, config.head_dim);
         let (q_dim, kv_dim) = (config.q_rows(), config.kv_rows());
-        let mut get = |name: &str, rows, cols| be.upload(&weights.tensor(name, rows, cols)?);
+        let mut get = |name: &str, rows, cols| weights.load(name, rows, cols, be);
 
         let embed = get("model.embed_tokens.weight", config.vocab, hidden)?;
         let head = if config.tied { embed } else { get("lm_head.weight", config.vocab, hidden)? };
@@ -182,33 +186,50 @@ impl Model {
             });
         }
         let inv_freq = be.upload(&Tensor::from_f32(&config.rope.inv_freq(d)))?;
-        let mut model = Model { config, routing: None, embed, layers, norm, head, inv_freq };
-        if let Some(routing) = routing {
-            model.route(routing, be)?;
-        }
+        let mut model = Model { config, routing: None, embed, layers, norm, head, inv_freq, routers: None };
+        model.route(routing, be)?;
         Ok(model)
     }
 
-    fn route(&mut self, routing: Routing, be: &mut dyn Backend) -> Result<()> {
-        for (nth, &l) in routing.layers.iter().enumerate() {
-            let router = match &routing.gates {
-                Gates::Routers(set) => {
-                    let none = || Error::new(Kind::Argument, format!("layer {l} is routed, but has no router"));
-                    Some(be.upload(&Tensor::from_f32(set.weights.get(&l).ok_or_else(none)?))?)
-                }
-                Gates::Random { .. } => None,
-            };
-            let count = self.layers.len();
-            let layer = self.layers.get_mut(l).ok_or_else(|| {
-                Error::new(
+    /// Routes as asked from here on; None: not at all. The backend must forget its recorded steps.
+    pub(crate) fn route(&mut self, routing: Option<Routing>, be: &mut dyn Backend) -> Result<()> {
+        self.layers.iter_mut().for_each(|layer| layer.routed = None);
+        self.routing = None;
+        let Some(routing) = routing else { return Ok(()) };
+        let held = match &routing.gates {
+            Gates::Routers(set) => self.hold(set, be)?,
+            Gates::Random { .. } => BTreeMap::new(),
+        };
+        let count = self.layers.len();
+        for &l in &routing.layers {
+            if l >= count {
+                return Err(Error::new(
                     Kind::Argument,
                     format!("layer {l} cannot be routed, the model has layers 0 to {}", count - 1),
-                )
-            })?;
-            layer.routed = Some(Routed { nth, router });
+                ));
+            }
+            if matches!(routing.gates, Gates::Routers(_)) && !held.contains_key(&l) {
+                return Err(Error::new(Kind::Argument, format!("layer {l} is routed, but has no router")));
+            }
+        }
+        for (nth, l) in routing.layers.iter().enumerate() {
+            self.layers[*l].routed = Some(Routed { nth, router: held.get(l).copied() });
         }
         self.routing = Some(routing);
         Ok(())
+    }
+
+    /// The routers of a set, handed over unless they are those of the last time.
+    fn hold(&mut self, set: &RouterSet, be: &mut dyn Backend) -> Result<BTreeMap<usize, Weight>> {
+        if let Some((known, held)) = &self.routers
+            && known.weights == set.weights
+        {
+            return Ok(held.clone());
+        }
+        let upload = |(&layer, router): (&usize, &Vec<f32>)| Ok((layer, be.upload(&Tensor::from_f32(router))?));
+        let held: BTreeMap<_, _> = set.weights.iter().map(upload).collect::<Result<_>>()?;
+        self.routers = Some((set.clone(), held.clone()));
+        Ok(held)
     }
 
     /// Which rows of layer `l` write K/V.

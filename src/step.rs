@@ -6,7 +6,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use crate::backend::{Backend, Draw, Ints, Mat, Next, RowSet, Sample, StepKey, Take, UNDECIDED};
+use crate::backend::{Backend, Draw, Ints, Mat, Next, RowSet, Sample, StepKey, Take, UNDECIDED, mix};
 use crate::error::{Error, Kind, Result};
 use crate::kv::{KvCache, Slot};
 use crate::memory::MemoryPlan;
@@ -246,10 +246,10 @@ impl State {
         seqs: &[(Slot, usize, &[u32])],
     ) -> Result<()> {
         const FAR: f32 = 40.0;
-        for (nth, &layer) in layers.iter().enumerate() {
+        self.floats.clear();
+        for &layer in layers {
             let start = mix(seed ^ mix(layer as u64));
             let logit = |hash: u64| if ((hash >> 40) as f32) < capacity * (1 << 24) as f32 { FAR } else { -FAR };
-            self.floats.clear();
             for &(_, pos, ids) in seqs {
                 match level {
                     Level::Token => self.floats.extend(
@@ -263,9 +263,9 @@ impl State {
                     }
                 }
             }
-            be.write_floats(self.gate(nth), &self.floats)?;
         }
-        Ok(())
+        // All layers at once: on a GPU each copy takes microseconds.
+        be.write_floats(self.plan.buffers.gate.rows(0..layers.len() * self.rows()), &self.floats)
     }
 
     /// Room for one more K/V row wherever the next token may write one.
@@ -381,6 +381,11 @@ impl State {
         Ok(())
     }
 
+    /// Forgets the last step, whose routing is another one's.
+    pub fn forget(&mut self) {
+        self.seqs.clear();
+    }
+
     /// Active rows below a border of the step.
     fn active_below(&self, layer: usize, row: usize) -> usize {
         if row == 0 {
@@ -429,9 +434,9 @@ impl State {
         self.plan.buffers.cuts.slice(0..self.cuts.len())
     }
 
-    /// The logits of the nth routed layer, by row.
+    /// The logits of the nth routed layer, by row. Those of a step stand together.
     pub fn gate(&self, nth: usize) -> Mat {
-        let start = nth * self.plan.limits.rows;
+        let start = nth * self.rows();
         self.plan.buffers.gate.rows(start..start + self.rows())
     }
 
@@ -478,12 +483,4 @@ impl State {
             }
         }
     }
-}
-
-/// SplitMix64's finaliser (Steele et al., 2014): every bit of the input reaches every bit of the output.
-fn mix(mut z: u64) -> u64 {
-    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }

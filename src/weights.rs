@@ -1,5 +1,7 @@
 //! `*.safetensors`: the tensors of a model, checked and read in place.
 //!
+//! Or, without a file, random ones of a given shape ([`Weights::random`]).
+//!
 //! The header of a safetensors file is eight bytes of length, then JSON: a table from names to dtype, shape and the range
 //! of bytes behind the header. Everything in it is checked before a tensor is handed out: names are unique (within a file
 //! and across shards), ranges are in the file, neither overlap nor leave gaps, and have the size of their shape. Nothing
@@ -9,6 +11,7 @@ use std::collections::btree_map::Entry as Slot;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 use safetensors::Dtype;
@@ -17,39 +20,67 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
+use crate::backend::{Backend, Noise, Weight};
 use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::tensor::{Bytes, DType, Tensor};
 
-/// The tensors of one or more safetensors files.
-#[derive(Debug)]
+mod random;
+
+/// The tensors of one or more safetensors files, or random ones. Cloning shares them.
+#[derive(Debug, Clone)]
 pub struct Weights {
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, String>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Entry {
     /// Index into `files`.
     file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    data: Bytes,
+    data: Content,
+}
+
+#[derive(Debug, Clone)]
+enum Content {
+    Stored(Bytes),
+    /// Made when somebody asks for them, once.
+    Random(Noise, Arc<OnceLock<Tensor>>),
 }
 
 impl Entry {
-    fn tensor(&self, rows: usize, cols: usize) -> Result<Tensor> {
-        let dtype = match self.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
+    fn dtype(&self) -> Result<DType> {
+        match self.dtype {
+            Dtype::F32 => Ok(DType::F32),
+            Dtype::F16 => Ok(DType::F16),
+            Dtype::BF16 => Ok(DType::BF16),
             other => {
-                return Err(Error::new(Kind::Unsupported, format!("stored as {other}"))
-                    .action("use weights in F32, F16 or BF16"));
+                Err(Error::new(Kind::Unsupported, format!("stored as {other}"))
+                    .action("use weights in F32, F16 or BF16"))
             }
-        };
-        Tensor::new(dtype, rows, cols, self.data.clone())
+        }
+    }
+
+    fn tensor(&self, rows: usize, cols: usize) -> Result<Tensor> {
+        let dtype = self.dtype()?;
+        match &self.data {
+            Content::Stored(bytes) => Tensor::new(dtype, rows, cols, bytes.clone()),
+            Content::Random(noise, made) => match made.get() {
+                Some(tensor) => Ok(tensor.clone()),
+                None => noise.tensor(dtype, rows, cols).map(|tensor| made.get_or_init(|| tensor).clone()),
+            },
+        }
+    }
+
+    /// Bytes of the data.
+    fn len(&self) -> usize {
+        match &self.data {
+            Content::Stored(bytes) => bytes.len(),
+            Content::Random(..) => self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8,
+        }
     }
 }
 
@@ -104,7 +135,7 @@ impl Weights {
             let (header, start) = Header::parse(&bytes).map_err(|e| e.at(&path))?;
             for (name, info) in header.tensors {
                 let (from, to) = info.data_offsets;
-                let data = bytes.slice(start + from..start + to);
+                let data = Content::Stored(bytes.slice(start + from..start + to));
                 match weights.tensors.entry(name) {
                     Slot::Vacant(slot) => slot.insert(Entry { file, dtype: info.dtype, shape: info.shape, data }),
                     Slot::Occupied(slot) => {
@@ -123,6 +154,21 @@ impl Weights {
     ///
     /// Errors: Format when it is absent, Shape, Unsupported for dtypes other than f32, f16 and bf16.
     pub fn tensor(&self, name: &str, rows: usize, cols: usize) -> Result<Tensor> {
+        let entry = self.entry(name, rows, cols)?;
+        entry.tensor(rows, cols).map_err(|e| e.during(format!("reading {name}")).at(&self.files[entry.file]))
+    }
+
+    /// Hands a tensor to a backend; random ones are made there, where weights are not read in place.
+    /// Errors: as [`Weights::tensor`] and the backend's.
+    pub fn load(&self, name: &str, rows: usize, cols: usize, be: &mut dyn Backend) -> Result<Weight> {
+        let entry = self.entry(name, rows, cols)?;
+        match entry.data {
+            Content::Random(noise, _) if be.info().weights.is_some() => be.random(entry.dtype()?, rows, cols, noise),
+            _ => be.upload(&self.tensor(name, rows, cols)?),
+        }
+    }
+
+    fn entry(&self, name: &str, rows: usize, cols: usize) -> Result<&Entry> {
         let Some(entry) = self.tensors.get(name) else {
             return Err(Error::new(Kind::Format, format!("no tensor {name}"))
                 .at(self.files.first().map_or(Path::new(""), PathBuf::as_path))
@@ -142,7 +188,7 @@ impl Weights {
             )
             .action("check that config.json and the weights are of the same model"));
         }
-        entry.tensor(rows, cols).map_err(|e| e.during(format!("reading {name}")).at(&self.files[entry.file]))
+        Ok(entry)
     }
 
     /// A tensor of shape `[n]` or `[1, n]`, whatever n is. Errors: as [`Weights::tensor`].
@@ -173,7 +219,7 @@ impl Weights {
 
     /// Bytes of all tensors.
     pub fn bytes(&self) -> usize {
-        self.tensors.values().map(|t| t.data.len()).sum()
+        self.tensors.values().map(Entry::len).sum()
     }
 
     /// Elements of all tensors.
@@ -185,7 +231,7 @@ impl Weights {
     pub fn dtypes(&self) -> BTreeMap<String, usize> {
         let mut sums = BTreeMap::new();
         for tensor in self.tensors.values() {
-            *sums.entry(tensor.dtype.to_string()).or_default() += tensor.data.len();
+            *sums.entry(tensor.dtype.to_string()).or_default() += tensor.len();
         }
         sums
     }
@@ -202,15 +248,20 @@ impl Weights {
     ///
     /// The first half of a SHA-256 over, for every tensor by name in byte order: the name, the dtype as in the header,
     /// the shape joined by commas (each of the three ended by a newline), the first and then the last 4096 bytes of the
-    /// data, or all of it twice when it is shorter.
+    /// data, or all of it twice when it is shorter. Of random tensors, the seed stands for the data.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
         for (name, tensor) in &self.tensors {
             let shape: Vec<_> = tensor.shape.iter().map(usize::to_string).collect();
             hash.update(format!("{name}\n{}\n{}\n", tensor.dtype, shape.join(",")));
-            let end = tensor.data.len().min(4096);
-            hash.update(&tensor.data[..end]);
-            hash.update(&tensor.data[tensor.data.len() - end..]);
+            match &tensor.data {
+                Content::Stored(bytes) => {
+                    let end = bytes.len().min(4096);
+                    hash.update(&bytes[..end]);
+                    hash.update(&bytes[bytes.len() - end..]);
+                }
+                Content::Random(noise, _) => hash.update(noise.seed.to_le_bytes()),
+            }
         }
         hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect()
     }
@@ -219,7 +270,8 @@ impl Weights {
     /// explaining logits that are not numbers, not for every start.
     pub fn find_non_finite(&self) -> Option<(String, PathBuf)> {
         let tensors: Vec<_> = self.tensors.iter().collect();
-        let (name, tensor) = tensors.into_par_iter().find_first(|(_, t)| !all_finite(t.dtype, &t.data))?;
+        let broken = |t: &Entry| matches!(&t.data, Content::Stored(bytes) if !all_finite(t.dtype, bytes));
+        let (name, tensor) = tensors.into_par_iter().find_first(|(_, t)| broken(t))?;
         Some((name.clone(), self.files[tensor.file].clone()))
     }
 }

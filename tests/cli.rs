@@ -268,6 +268,36 @@ fn a_random_mask_needs_no_routers() {
 }
 
 #[test]
+fn bench_measures_what_was_listed() {
+    let work = ["--prompt", "16", "--reps", "1", "--warmup", "0", "--device", "cpu", "--gen"];
+    let bench = |more: &[&str]| ok(&[&["bench"], &work[..], more].concat());
+    let lines = bench(&["2", "--capacity", "0.5,1", "--batch", "1,2", "--keys", "all,active", "--format", "jsonl"]);
+    let rows: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 2 * (1 + 2 * 2), "by batch: dense, and each of keys and capacity");
+    assert_eq!((&rows[0]["routing"], &rows[4]["keys"]), (&"dense".into(), &"active".into()));
+    assert!(rows.iter().all(|row| row["decode"]["tokens_per_s"].as_f64().unwrap() > 0.0));
+
+    let routed = bench(&["2", "--routers", "stories", "--format", "csv"]);
+    assert_eq!(routed.lines().count(), 3);
+    assert!(routed.lines().nth(2).unwrap().contains("stories (embedded)/routers.safetensors"), "{routed}");
+
+    // Sequences are decided as a whole, so there is no choice of keys.
+    let all = bench(&["0", "--granularity", "all", "--keys", "all,active", "--capacity", "0.5"]);
+    let table = all.lines().filter(|line| line.starts_with('|')).count();
+    assert_eq!(table, 2 + 1 + 6 + 2, "a line for each prefill: {all}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("bench.json");
+    assert_eq!(bench(&["2", "--capacity", "0", "--format", "json", "-o", file.to_str().unwrap()]), "");
+    let saved: Vec<Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    assert_eq!(saved[1]["active"], 0.0);
+
+    let ops =
+        ok(&["bench", "ops", "--rows", "1", "--reps", "1", "--context", "8", "--device", "cpu", "--format", "jsonl"]);
+    assert!(ops.lines().count() > 10 && ops.contains("\"op\":\"attend\""), "{ops}");
+}
+
+#[test]
 fn inspect_and_doctor_tell_what_there_is() {
     let text = ok(&["inspect"]);
     for part in ["stories (embedded)", "8 layers", "attn_token, keys all", "layers, 3-7", "memory", "K/V"] {
@@ -346,6 +376,11 @@ fn bad_input_gives_one_clear_error() {
     fails(&["generate", "x", "--device", "cuda"], &["use the CPU"]);
     fails(&["generate", "x", "--kernels", "volta"], &["no such kernels", "auto, sm80 or hopper"]);
     fails(&["generate", "x", "--device", "cpu", "--kernels", "hopper"], &["run on a GPU", "--kernels auto"]);
+    fails(&["bench", "--capacity", "0.5,2"], &["capacity is 2"]);
+    fails(&["bench", "--prompt", "500", "--gen", "64"], &["566 tokens", "stories takes 512"]);
+    fails(&["bench", "--dtype", "f32", "--device", "cpu"], &["stored in bf16", "--shape"]);
+    fails(&["bench", "--routers", "/no/such/file"], &["/no/such/file"]);
+    fails(&["bench", "ops", "--rows", "0"], &["--rows"]);
     fails(&["generate", "x", "--memory", "1M"], &["weights", "activations", "K/V", "--memory"]);
     fails(&["generate", "x", "--context", "100000"], &["512"]);
     fails(&["generate", "--file", "/no/such/file"], &["/no/such/file"]);

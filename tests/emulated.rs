@@ -14,6 +14,7 @@ use mindskip::model::Routing;
 use mindskip::router::{Keys, RouterSettings};
 use mindskip::sample::{Sampler, SamplerSettings};
 use mindskip::tensor::DType;
+use mindskip::weights::Weights;
 
 fn stories(options: Options, settings: impl Fn(RouterSettings) -> RouterSettings) -> mindskip::Result<Engine> {
     let bundle = Bundle::embedded()?;
@@ -109,6 +110,45 @@ fn recorded_steps_are_replayed_with_new_inputs() {
     }
 }
 
+/// Drawn masks cost a decode step one copy in, and no wait.
+#[test]
+fn random_masks_add_one_copy_to_a_step() {
+    let bundle = Bundle::embedded().unwrap();
+    let routing = random_gates(RouterSettings::default(), &[3, 4, 5], 0.5);
+    let mut engine = Engine::new(bundle.config, bundle.weights, Some(routing), &emulated(DType::BF16, 2)).unwrap();
+    let seqs = [engine.open().unwrap(), engine.open().unwrap()];
+    engine.prefill(&[(seqs[0], &ids(9, 1536, 1)), (seqs[1], &ids(4, 1536, 2))]).unwrap();
+    for step in 0..6 {
+        let before = engine.counters();
+        engine.decode(&[(seqs[0], step), (seqs[1], 7 * step)]).unwrap();
+        let after = engine.counters();
+        if step >= 2 {
+            assert_eq!(
+                (after.copies_in - before.copies_in, after.syncs - before.syncs),
+                (2, 2),
+                "{before:?} {after:?}"
+            );
+        }
+    }
+}
+
+/// Random weights are made on the device, and are those of the CPU.
+#[test]
+fn random_weights_are_the_same_everywhere() {
+    let config = config(&goldens().join("routing/model"));
+    let prompt = ids(20, config.vocab, 4);
+    let mut logits = Vec::new();
+    for options in [Options { device: Device::Cpu, dtype: None, ..options(1, 64) }, emulated(DType::F32, 1)] {
+        let weights = Weights::random("tiny", &config, DType::F32, 9);
+        let bytes = weights.bytes() as u64;
+        let mut engine = Engine::new(config.clone(), weights, None, &options).unwrap();
+        assert!(engine.counters().bytes_in < bytes / 10, "{} of {bytes} were copied", engine.counters().bytes_in);
+        let seq = engine.open().unwrap();
+        logits.push(engine.prefill(&[(seq, &prompt)]).unwrap().to_vec());
+    }
+    assert_close("logits", &logits[1], &logits[0], 1e-5);
+}
+
 /// A prefill reads back 4 bytes for each routed layer, and the logits.
 #[test]
 fn prefill_reads_one_count_for_each_routed_layer() {
@@ -143,7 +183,7 @@ fn what_the_kernels_do_not_take_is_refused() {
     let folder = goldens().join("routing/model");
     let mut small = config(&folder);
     (small.heads, small.kv_heads, small.head_dim) = (8, 4, 8);
-    let weights = mindskip::weights::Weights::open(&folder).unwrap();
+    let weights = Weights::open(&folder).unwrap();
     let options = Options { device: Device::Emulated(1), ..options(1, 64) };
     let error = Engine::new(small, weights, None, &options).err().unwrap();
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");

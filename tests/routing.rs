@@ -243,6 +243,39 @@ fn logits_of(engine: &mut Engine, prompt: &[u32], steps: &[u32]) -> Vec<Vec<f32>
     rows
 }
 
+/// An engine that is routed anew computes what one that was built so does, also after it has run otherwise.
+#[test]
+fn a_rerouted_engine_is_like_a_new_one() {
+    let model = root().join(&cases()[0].model);
+    let layers = cases()[0].layers.clone();
+    let build = |routing: Option<Routing>| engine(&model, routing, &options(2, 64));
+    let room = random_gates(RouterSettings::default(), &layers, 1.0);
+    let mut rerouted = build(Some(room));
+    let vocab = rerouted.config().vocab;
+    let (prompt, steps) = (ids(23, vocab, 1), ids(4, vocab, 2));
+    let routers = cases().into_iter().find(|case| case.model == cases()[0].model).unwrap();
+    let routers = || routing(&root().join(&routers.routers), RouterSettings::default());
+    let mut ways: Vec<Option<Routing>> = vec![None, Some(routers()), None, Some(routers())];
+    ways.extend(all_settings().into_iter().map(|settings| Some(random_gates(settings, &layers, 0.5))));
+    for way in ways {
+        rerouted.reroute(way.clone()).unwrap();
+        rerouted.clear_counts().unwrap();
+        let expected = logits_of(&mut build(way.clone()), &prompt, &steps);
+        for (step, (actual, expected)) in logits_of(&mut rerouted, &prompt, &steps).iter().zip(&expected).enumerate() {
+            assert_bits(&format!("{way:?}, step {step}"), actual, expected);
+        }
+    }
+
+    let seq = rerouted.open().unwrap();
+    let error = rerouted.reroute(None).unwrap_err();
+    assert!(error.to_string().contains("sequences are open"), "{error}");
+    rerouted.close(seq).unwrap();
+    let all: Vec<usize> = (0..rerouted.config().layers).collect();
+    let error = rerouted.reroute(Some(random_gates(RouterSettings::default(), &all, 0.5))).unwrap_err();
+    assert!(error.to_string().contains("were planned for"), "{error}");
+    assert!(rerouted.trace().is_err(), "the last step was another routing's");
+}
+
 #[test]
 fn capacity_one_is_dense_bit_for_bit() {
     let folder = root().join("model");

@@ -8,7 +8,9 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod noise;
 mod ops;
+mod rates;
 #[cfg(any(test, feature = "cuda"))]
 mod twin;
 
@@ -17,7 +19,10 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
 
+pub use noise::Noise;
+pub(crate) use noise::mix;
 pub use ops::*;
+pub use rates::Rates;
 
 /// A weight held by a backend: matrices as `[out, in]`, row-major, in their stored dtype; vectors as `[1, n]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -232,6 +237,12 @@ pub trait Backend: Ops + Send {
     /// Takes a weight over. The CPU reads it in place; a GPU copies it.
     fn upload(&mut self, tensor: &Tensor) -> Result<Weight>;
 
+    /// Makes a weight of random numbers, which is what `upload` of [`Noise::tensor`] gives, bit for bit.
+    /// Errors: Unsupported for a matrix in another type than the device's.
+    fn random(&mut self, dtype: DType, rows: usize, cols: usize, noise: Noise) -> Result<Weight> {
+        self.upload(&noise.tensor(dtype, rows, cols)?)
+    }
+
     /// Bytes that the ops need beside their buffers, for steps up to the largest.
     /// Errors: Unsupported for shapes that it does not take.
     fn workspace(&self, largest: &Largest, kv: &KvLayout) -> Result<usize> {
@@ -269,6 +280,15 @@ pub trait Backend: Ops + Send {
         key: Option<StepKey>,
         body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send),
     ) -> Result<()>;
+
+    /// Forgets the steps that were recorded: what a step does has changed.
+    fn forget(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Measures what the device can do at best, with products of `dtype`. Takes memory for it that is only given back with
+    /// the backend, so this asks for a backend of its own.
+    fn rates(&mut self, dtype: DType) -> Result<Rates>;
 
     fn meter(&mut self) -> &mut Meter;
 

@@ -69,7 +69,7 @@ pub fn device(text: &str) -> Result<Device> {
         _ => bad(format!("no such device: {text}"), "give cpu, cuda, cuda:N or auto"),
     }
 }
-fn dtype(text: &str) -> Result<DType> {
+pub fn dtype(text: &str) -> Result<DType> {
     let all = [DType::F32, DType::F16, DType::BF16];
     let found = all.into_iter().find(|dtype| dtype.to_string() == text);
     found.map_or_else(|| bad(format!("no such type: {text}"), "give f32, f16 or bf16"), Ok)
@@ -82,16 +82,16 @@ fn kernels(text: &str) -> Result<Kernels> {
         _ => bad(format!("no such kernels: {text}"), "give auto, sm80 or hopper"),
     }
 }
-fn granularity(text: &str) -> Result<Granularity> {
+pub fn granularity(text: &str) -> Result<Granularity> {
     text.parse()
 }
-fn keys(text: &str) -> Result<Keys> {
+pub fn keys(text: &str) -> Result<Keys> {
     text.parse()
 }
 fn select(text: &str) -> Result<Select> {
     text.parse()
 }
-fn layers(text: &str) -> Result<LayerSpec> {
+pub fn layers(text: &str) -> Result<LayerSpec> {
     text.parse()
 }
 

@@ -1,6 +1,7 @@
 //! What a user types: the commands and the arguments they share.
 
 mod args;
+mod bench;
 mod chat;
 mod demo;
 mod doctor;
@@ -32,6 +33,7 @@ enum Command {
     Chat(chat::Chat),
     Score(score::Score),
     Inspect(inspect::Inspect),
+    Bench(Box<bench::Bench>),
     Doctor(doctor::Doctor),
 }
 
@@ -56,6 +58,7 @@ pub fn main() -> ExitCode {
         Some(Command::Chat(command)) => command.run(),
         Some(Command::Score(command)) => command.run(),
         Some(Command::Inspect(command)) => command.run(),
+        Some(Command::Bench(command)) => command.run(),
         Some(Command::Doctor(command)) => command.run(),
     };
     match outcome {

@@ -5,6 +5,7 @@ mod bf16;
 mod kv_pool;
 mod linear;
 mod pointwise;
+mod rates;
 mod route;
 mod sample;
 mod simd;
@@ -219,6 +220,10 @@ impl Backend for CpuBackend {
         body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send),
     ) -> Result<()> {
         self.threads.clone().enter(|| body(self))
+    }
+
+    fn rates(&mut self, dtype: DType) -> Result<Rates> {
+        self.measure(dtype)
     }
 
     fn meter(&mut self) -> &mut Meter {

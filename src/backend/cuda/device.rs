@@ -104,6 +104,9 @@ pub trait Device: Send {
     /// Waits for all that was asked for so far and copies to the host.
     fn copy_out(&mut self, from: Address, bytes: &mut [u8]) -> Result<()>;
 
+    /// Copies within the device, between places that do not overlap.
+    fn copy(&mut self, to: Address, from: Address, bytes: usize) -> Result<()>;
+
     /// Fills with zeros.
     fn clear(&mut self, at: Address, bytes: usize) -> Result<()>;
 
@@ -128,6 +131,9 @@ pub trait Device: Send {
 
     /// Runs a recording.
     fn replay(&mut self, graph: Graph) -> Result<()>;
+
+    /// Waits, and frees all recordings that were handed out.
+    fn forget(&mut self) -> Result<()>;
 
     fn counters(&self) -> Counters;
 
@@ -185,6 +191,10 @@ impl Device for Lent {
         self.device().copy_out(from, bytes)
     }
 
+    fn copy(&mut self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.device().copy(to, from, bytes)
+    }
+
     fn clear(&mut self, at: Address, bytes: usize) -> Result<()> {
         self.device().clear(at, bytes)
     }
@@ -211,6 +221,10 @@ impl Device for Lent {
 
     fn replay(&mut self, graph: Graph) -> Result<()> {
         self.device().replay(graph)
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.device().forget()
     }
 
     fn counters(&self) -> Counters {

@@ -160,6 +160,12 @@ impl Device for Emulated {
         Ok(())
     }
 
+    fn copy(&mut self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        // SAFETY: as in `copy_in`.
+        unsafe { std::ptr::copy_nonoverlapping(from.0 as *const u8, to.0 as *mut u8, bytes) };
+        Ok(())
+    }
+
     fn clear(&mut self, at: Address, bytes: usize) -> Result<()> {
         // SAFETY: as in `copy_in`.
         unsafe { std::ptr::write_bytes(at.0 as *mut u8, 0, bytes) };
@@ -204,6 +210,11 @@ impl Device for Emulated {
         let result = recorded.iter().try_for_each(|what| self.run(what));
         self.graphs[graph.0] = recorded;
         result
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.graphs.clear();
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

@@ -292,6 +292,25 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct NoiseArgs {
+    pub out: *mut ::core::ffi::c_void,
+    pub n: u64,
+    pub seed: u64,
+    pub mean: f32,
+    pub scale: f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of NoiseArgs"][::core::mem::size_of::<NoiseArgs>() - 32usize];
+    ["Alignment of NoiseArgs"][::core::mem::align_of::<NoiseArgs>() - 8usize];
+    ["Offset of field: NoiseArgs::out"][::core::mem::offset_of!(NoiseArgs, out) - 0usize];
+    ["Offset of field: NoiseArgs::n"][::core::mem::offset_of!(NoiseArgs, n) - 8usize];
+    ["Offset of field: NoiseArgs::seed"][::core::mem::offset_of!(NoiseArgs, seed) - 16usize];
+    ["Offset of field: NoiseArgs::mean"][::core::mem::offset_of!(NoiseArgs, mean) - 24usize];
+    ["Offset of field: NoiseArgs::scale"][::core::mem::offset_of!(NoiseArgs, scale) - 28usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct RouteArgs {
     pub logits: *const f32,
     pub pos: *const u32,

@@ -15,17 +15,21 @@ pub mod emulated;
 mod kernels;
 #[allow(unsafe_code)]
 mod ops;
+#[allow(unsafe_code)]
+mod rates;
 mod work;
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
+use std::time::Duration;
 
 use half::{bf16, f16};
 
+use super::rates::best;
 use super::*;
 use crate::error::{Error, Kind, ensure};
 use crate::tensor::{DType, Tensor};
-use device::{Address, Boxed, Device, Function, Graph};
+use device::{Address, Boxed, Device, Function, Gemm, Graph};
 use ops::Functions;
 use work::Accounts;
 
@@ -271,6 +275,18 @@ impl Backend for CudaBackend {
         Ok(Weight { id: self.weights.len() - 1, rows: tensor.rows, cols: tensor.cols, dtype: held })
     }
 
+    fn random(&mut self, dtype: DType, rows: usize, cols: usize, noise: Noise) -> Result<Weight> {
+        if rows == 1 {
+            return self.upload(&noise.tensor(dtype, rows, cols)?);
+        }
+        ensure!(dtype == self.info.activations, Unsupported, "random weights in {dtype}, where others are not held");
+        ensure!((rows * cols).is_multiple_of(8), Unsupported, "a random [{rows}, {cols}] matrix: no multiple of 8");
+        let matrix = self.device.allocate(rows * cols * dtype.size())?;
+        self.draw(matrix, rows * cols, noise)?;
+        self.weights.push(Stored { matrix, vector: Address(0) });
+        Ok(Weight { id: self.weights.len() - 1, rows, cols, dtype })
+    }
+
     fn workspace(&self, largest: &Largest, kv: &KvLayout) -> Result<usize> {
         let refused = |cause: String| Err(Error::new(Kind::Unsupported, cause).action("use --device cpu"));
         if !kv.head_dim.is_multiple_of(16) || kv.head_dim > 256 {
@@ -375,6 +391,16 @@ impl Backend for CudaBackend {
         }
         self.accounts.meter.kv_rows += recorded.meter.kv_rows;
         Ok(())
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.accounts.forget(self.device.as_mut())?;
+        self.graphs.clear();
+        self.device.forget()
+    }
+
+    fn rates(&mut self, _dtype: DType) -> Result<Rates> {
+        self.measure()
     }
 
     /// Waits for the device. What cannot be read, because the device has failed, is missing.

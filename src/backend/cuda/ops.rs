@@ -19,6 +19,7 @@ pub struct Functions {
     bias: Function,
     bias_f32: Function,
     logprobs: Function,
+    noise: Function,
     sample_groups: Function,
     sample_select: Function,
     sample_weigh: Function,
@@ -82,6 +83,7 @@ impl Functions {
             bias: of_type!("bias"),
             bias_f32: find("bias_f32")?,
             logprobs: find("logprobs")?,
+            noise: of_type!("noise"),
             sample_groups: find("sample_groups")?,
             sample_select: find("sample_select")?,
             sample_weigh: find("sample_weigh")?,
@@ -731,6 +733,14 @@ impl Sampling {
 }
 
 impl CudaBackend {
+    /// Fills n numbers of the activations' type with noise.
+    pub(super) fn draw(&mut self, out: Address, n: usize, noise: Noise) -> Result<()> {
+        let Noise { seed, mean, scale } = noise;
+        let args = NoiseArgs { out: out.0 as *mut c_void, n: n as u64, seed, mean, scale };
+        let blocks = n.div_ceil(8 * 256).min(4096) as u32;
+        self.launch_only(self.functions.noise, Launch { grid: [blocks, 1, 1], threads: 256, shared: 0 }, &args)
+    }
+
     /// Copies the rows of a set together.
     fn gathered(&mut self, op: OpKind, src: Address, of: Mat, set: &ops::RowSet, base: usize) -> Result<Address> {
         let bytes = of.cols * of.dtype.size();

@@ -64,6 +64,14 @@ impl Accounts {
         self.ops.truncate(self.kept);
     }
 
+    /// Collects, and gives up the slots of recorded steps, which are not sent again.
+    pub fn forget(&mut self, device: &mut dyn Device) -> Result<()> {
+        self.collect(device)?;
+        self.ops.clear();
+        self.kept = 0;
+        Ok(())
+    }
+
     /// Waits for the device and adds what its counters hold to the meter.
     pub fn collect(&mut self, device: &mut dyn Device) -> Result<()> {
         if self.ops.is_empty() {

@@ -41,6 +41,19 @@ fn embed(types: Types) -> Vec<Case> {
             );
         }
     }
+    // Tables that the backend draws itself: more numbers than a launch has threads, and few.
+    let noise = Noise { seed: 0x0123_4567_89ab_cdef, mean: 0.25, scale: 3.0 };
+    for &dtype in types.weights.iter().filter(|&&dtype| types.held.is_none_or(|held| dtype == held)) {
+        for (rows, hidden) in [(2, 8), (5, 24), (300, 64)] {
+            let mut s = Setup::new(types);
+            let table = s.random(rows, hidden, dtype, noise);
+            let ids = s.ints(&(0..rows as u32).collect::<Vec<_>>());
+            let out = s.mat(rows, hidden, DType::F32);
+            cases.push(
+                s.case(format!("embed a random [{rows}, {hidden}] {dtype}"), Op::Embed(Embed { table, ids, out })),
+            );
+        }
+    }
     cases
 }
 

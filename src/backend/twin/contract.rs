@@ -301,7 +301,7 @@ fn buffers_outside_the_arena_or_shared_are_refused() {
         ];
         for op in wrong {
             let mut be = (it.make)();
-            be.upload(&case.tensors[0]).unwrap();
+            be.upload(&case.tensors[0].0).unwrap();
             be.reserve(2 * case.halves.len(), case.ints.len(), 0, &case.kv).unwrap();
             be.write_ints(Ints { offset: 0, len: case.ints.len() }, &case.ints).unwrap();
             let error = be.step(None, &mut |be| op.run(be)).expect_err(&it.name);

@@ -110,10 +110,14 @@ struct Outcome {
 
 /// Runs a case on a fresh backend.
 fn perform(be: &mut dyn Backend, case: &Case) -> Result<Outcome> {
-    for (id, tensor) in case.tensors.iter().enumerate() {
+    for (id, (tensor, noise)) in case.tensors.iter().enumerate() {
         let held = be.info().weights.filter(|_| tensor.rows > 1).unwrap_or(tensor.dtype);
         let expected = Weight { id, rows: tensor.rows, cols: tensor.cols, dtype: held };
-        assert_eq!(be.upload(tensor)?, expected, "a backend numbers its weights from 0");
+        let weight = match noise {
+            None => be.upload(tensor)?,
+            Some(noise) => be.random(tensor.dtype, tensor.rows, tensor.cols, *noise)?,
+        };
+        assert_eq!(weight, expected, "a backend numbers its weights from 0");
     }
     be.reserve(2 * case.halves.len(), case.ints.len(), 0, &case.kv)?;
     let arena = Mat { offset: 0, rows: 1, cols: case.halves.len() / 2, dtype: DType::F32 };

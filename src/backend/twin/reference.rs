@@ -273,6 +273,10 @@ impl Backend for Reference {
         body(self)
     }
 
+    fn rates(&mut self, _dtype: DType) -> Result<Rates> {
+        unreachable!("nobody asks how fast the reference is")
+    }
+
     fn meter(&mut self) -> &mut Meter {
         &mut self.meter
     }

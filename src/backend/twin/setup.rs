@@ -16,8 +16,8 @@ pub struct Case {
     /// The arena before, in halves of 16 bits.
     pub halves: Vec<u16>,
     pub ints: Vec<u32>,
-    /// By [`Weight::id`].
-    pub tensors: Vec<Tensor>,
+    /// By [`Weight::id`]; those with a noise are made by the backend itself.
+    pub tensors: Vec<(Tensor, Option<Noise>)>,
     pub held: Vec<Held>,
     /// Ops that prepare (fill the K/V), the op in question, and ops that show what it left in the K/V.
     pub before: Vec<Op>,
@@ -62,7 +62,7 @@ pub struct Setup {
     head_dim: usize,
     halves: Vec<u16>,
     ints: Vec<u32>,
-    tensors: Vec<Tensor>,
+    tensors: Vec<(Tensor, Option<Noise>)>,
     held: Vec<Held>,
     pages: usize,
     mats: Vec<Mat>,
@@ -81,14 +81,6 @@ fn poison(at: usize) -> u16 {
 /// The same for integers: as an index it is beyond everything.
 fn poison_int(at: usize) -> u32 {
     0xdead_0000 | at as u32 & 0xffff
-}
-
-/// SplitMix64's finaliser.
-fn mix(mut z: u64) -> u64 {
-    z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// A number from [-1, 1) that depends on nothing but its arguments: a row has the same values in every case.
@@ -244,7 +236,17 @@ impl Setup {
             DType::F16 => values.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
             DType::BF16 => values.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
         };
-        self.tensors.push(Tensor::new(dtype, rows, cols, Bytes::new(bytes)).expect("so many bytes"));
+        self.put(Tensor::new(dtype, rows, cols, Bytes::new(bytes)).expect("so many bytes"), None)
+    }
+
+    /// A weight that the backend draws itself.
+    pub fn random(&mut self, rows: usize, cols: usize, dtype: DType, noise: Noise) -> Weight {
+        self.put(noise.tensor(dtype, rows, cols).expect("so many bytes"), Some(noise))
+    }
+
+    fn put(&mut self, tensor: Tensor, noise: Option<Noise>) -> Weight {
+        let Tensor { dtype, rows, cols, .. } = tensor;
+        self.tensors.push((tensor, noise));
         Weight { id: self.tensors.len() - 1, rows, cols, dtype }
     }
 

@@ -342,6 +342,13 @@ impl Device for Driver {
         Ok(())
     }
 
+    fn copy(&mut self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: whether both places have the room the driver checks against its allocations.
+        let status = unsafe { sys::cuMemcpyDtoDAsync_v2(to.0, from.0, bytes, self.stream.0) };
+        self.check(status, || format!("copying {bytes} bytes within the GPU"))
+    }
+
     fn clear(&mut self, at: Address, bytes: usize) -> Result<()> {
         self.enter()?;
         if bytes == 0 {
@@ -452,6 +459,13 @@ impl Device for Driver {
         self.check(status, || format!("replaying recording {}", graph.0))?;
         self.sent.push(What::Graph(graph.0));
         self.counters.replays += 1;
+        Ok(())
+    }
+
+    fn forget(&mut self) -> Result<()> {
+        self.enter()?;
+        self.wait()?;
+        self.graphs.clear();
         Ok(())
     }
 
