@@ -74,7 +74,7 @@ pub fn dtype(text: &str) -> Result<DType> {
     let found = all.into_iter().find(|dtype| dtype.to_string() == text);
     found.map_or_else(|| bad(format!("no such type: {text}"), "give f32, f16 or bf16"), Ok)
 }
-fn kernels(text: &str) -> Result<Kernels> {
+pub fn kernels(text: &str) -> Result<Kernels> {
     match text {
         "auto" => Ok(Kernels::Auto),
         "sm80" => Ok(Kernels::Sm80),

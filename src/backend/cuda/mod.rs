@@ -183,6 +183,9 @@ impl CudaBackend {
             Kernels::Auto | Kernels::Sm80 => None,
             Kernels::Hopper => ops::find_hopper(self.device.as_mut(), self.info.kv)?,
         };
+        if self.hopper.is_some() {
+            self.info.name += ", kernels for Hopper";
+        }
         Ok(self)
     }
 
