@@ -1,6 +1,9 @@
 //! What the integration tests share: golden files and engines over the tiny models.
 #![allow(dead_code)] // each test binary uses a part
 
+#[cfg(feature = "emulate")]
+pub mod emulator;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
