@@ -339,7 +339,7 @@ pub struct AttendArgs {
     pub kv: KvLayer,
     pub heads: u32,
     pub scale: f32,
-    pub splits: u32,
+    pub blocks: u32,
     pub partial: *mut f32,
     pub tickets: *mut u32,
     pub work: *mut WorkCount,
@@ -357,7 +357,7 @@ const _: () = {
     ["Offset of field: AttendArgs::kv"][::core::mem::offset_of!(AttendArgs, kv) - 64usize];
     ["Offset of field: AttendArgs::heads"][::core::mem::offset_of!(AttendArgs, heads) - 112usize];
     ["Offset of field: AttendArgs::scale"][::core::mem::offset_of!(AttendArgs, scale) - 116usize];
-    ["Offset of field: AttendArgs::splits"][::core::mem::offset_of!(AttendArgs, splits) - 120usize];
+    ["Offset of field: AttendArgs::blocks"][::core::mem::offset_of!(AttendArgs, blocks) - 120usize];
     ["Offset of field: AttendArgs::partial"][::core::mem::offset_of!(AttendArgs, partial) - 128usize];
     ["Offset of field: AttendArgs::tickets"][::core::mem::offset_of!(AttendArgs, tickets) - 136usize];
     ["Offset of field: AttendArgs::work"][::core::mem::offset_of!(AttendArgs, work) - 144usize];
