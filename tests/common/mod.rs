@@ -77,6 +77,15 @@ pub fn options(batch: usize, context: usize) -> Options {
     Options { device, dtype, batch, context, rows, threads, ..Options::default() }
 }
 
+/// The emulator, in an order of threads that follows from the seed; with MINDSKIP_TEST_DEVICE=cuda the first GPU.
+#[cfg(feature = "emulate")]
+pub fn gpu(seed: u64) -> Device {
+    match options(1, 1).device {
+        Device::Cuda(ordinal) => Device::Cuda(ordinal),
+        _ => Device::Emulated(seed),
+    }
+}
+
 /// Routing by a router file, with settings of the caller's.
 pub fn routing(path: &Path, settings: RouterSettings) -> Routing {
     let mut set = RouterSet::open(path).unwrap();
