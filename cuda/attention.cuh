@@ -53,6 +53,14 @@ __device__ inline size_t query_at(const AttendArgs& args, uint32_t row, uint32_t
     return (size_t(row) * args.heads + head) * args.kv.head_dim;
 }
 
+// Eight numbers of a query, in the type of K/V.
+template <class T> __device__ inline uint4 load_query(const AttendArgs& args, size_t at) {
+    if (args.type == TYPE<T>) return *(const uint4*)((const T*)args.q + at);
+    float x[8];
+    load8_of(args.type, x, args.q, at);
+    return make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+}
+
 // The maximum of scores as something to subtract: not of none, nor of NaNs alone, whose sums shall be 0 and NaN.
 __device__ inline float finite_top(float top) { return top == -INF ? 0.0f : top; }
 __device__ inline float weight_of(float score, float top, float scale2) { return exp2_approx((score - top) * scale2); }

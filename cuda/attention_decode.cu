@@ -115,12 +115,11 @@ __device__ inline float* partial_of(const AttendArgs& args, const Part& part, ui
     return args.partial + at * (args.kv.head_dim + 2);
 }
 
-template <class T> __device__ inline T* out_of(const AttendArgs& args, const Part& part, uint32_t head) {
-    return (T*)args.out + query_at(args, part.row, part.kv_head * part.group + head);
+__device__ inline void put(const AttendArgs& args, const Part& part, uint32_t head, uint32_t column, float x) {
+    store_of(args.type, args.out, query_at(args, part.row, part.kv_head * part.group + head) + column, x);
 }
 
 // Merges the warps: to `out` when nobody else has a part, else to the block's partial.
-template <class T>
 __device__ void merge_warps(const AttendArgs& args, const Part& part, const Found& found, uint32_t head0,
                             float scale2) {
     __syncthreads();
@@ -131,7 +130,7 @@ __device__ void merge_warps(const AttendArgs& args, const Part& part, const Foun
             return State{found.sums_of(warp, head)[column], of[0], of[1]};
         });
         if (part.sharing == 1) {
-            out_of<T>(args, part, head0 + head)[column] = from_f32<T>(state.sum / state.total);
+            put(args, part, head0 + head, column, state.sum / state.total);
         } else {
             float* to = partial_of(args, part, head0 + head, blockIdx.x);
             to[column] = state.sum;
@@ -142,7 +141,7 @@ __device__ void merge_warps(const AttendArgs& args, const Part& part, const Foun
 }
 
 // The last block of the row and K/V head to come here merges what all of them left.
-template <class T> __device__ void merge_blocks(const AttendArgs& args, const Part& part, float scale2) {
+__device__ void merge_blocks(const AttendArgs& args, const Part& part, float scale2) {
     if (part.sharing == 1) return;
     uint32_t* const ticket = args.tickets + part.row * args.kv.kv_heads + part.kv_head;
     __threadfence(); // this block's partials come before its ticket
@@ -157,7 +156,7 @@ template <class T> __device__ void merge_blocks(const AttendArgs& args, const Pa
             const float* of = partial_of(args, part, head, part.first + i);
             return State{of[column], of[head_dim], of[head_dim + 1]};
         });
-        out_of<T>(args, part, head)[column] = from_f32<T>(state.sum / state.total);
+        put(args, part, head, column, state.sum / state.total);
     }
 }
 
@@ -234,7 +233,7 @@ template <class T, int HD> __device__ void decode(const AttendArgs& args) {
                 const uint32_t head = g + 8 * tile, column = 32 * c + 8 * t;
                 const size_t at = query_at(args, part.row, part.kv_head * part.group + head0 + head) + column;
                 const bool valid = head < heads && column < head_dim;
-                q[c][tile] = valid ? *(const uint4*)((const T*)args.q + at) : make_uint4(0, 0, 0, 0);
+                q[c][tile] = valid ? load_query<T>(args, at) : make_uint4(0, 0, 0, 0);
             }
         }
         // Columns 64c + 8g + 2j of heads 2t, 2t + 1 of a tile, then the next column of both.
@@ -357,9 +356,9 @@ template <class T, int HD> __device__ void decode(const AttendArgs& args) {
                 }
             }
         }
-        merge_warps<T>(args, part, found, head0, scale2);
+        merge_warps(args, part, found, head0, scale2);
     }
-    merge_blocks<T>(args, part, scale2);
+    merge_blocks(args, part, scale2);
 }
 
 // Plain f32 arithmetic for any head_dim up to 256: a lane has columns 4 * lane and 128 + 4 * lane of K/V rows and
@@ -439,9 +438,9 @@ __device__ void decode_f32(const AttendArgs& args) {
                 *(float4*)(found.sums_of(warp, h) + column) = make_float4(x[0], x[1], x[2], x[3]);
             }
         }
-        merge_warps<float>(args, part, found, head0, scale2);
+        merge_warps(args, part, found, head0, scale2);
     }
-    merge_blocks<float>(args, part, scale2);
+    merge_blocks(args, part, scale2);
 }
 
 } // namespace
@@ -456,4 +455,4 @@ DECODE(80)
 DECODE(96)
 DECODE(128)
 DECODE(256)
-KERNEL(attend_decode_f32, AttendArgs, ATTEND_THREADS) { decode_f32(args); }
+KERNEL(attend_decode_f32, AttendArgs, ATTEND_THREADS, 2) { decode_f32(args); }

@@ -207,8 +207,9 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
         if (column >= HD) break;
         const uint32_t p = share.packed + row;
         const bool valid = p < share.limit && column < kv.head_dim;
-        const T* const from = (const T*)args.q + share.at(args, p) + column;
-        copy_async(queries + row * LINE + column, from, valid);
+        T* const to = queries + row * LINE + column;
+        if (args.type == TYPE<T>) copy_async(to, (const T*)args.q + share.at(args, p) + column, valid);
+        else *(uint4*)to = valid ? load_query<T>(args, share.at(args, p) + column) : make_uint4(0, 0, 0, 0);
     }
     copy_commit();
     uint32_t q[STEPS][4];
@@ -328,7 +329,15 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
     for (int j = 0; j < 16 * UNITS / WARP; j++) {
         const uint32_t i = lane + j * WARP, row = i / UNITS, column = i % UNITS * 8;
         if (packed + row >= share.limit || column >= kv.head_dim) continue;
-        *(uint4*)((T*)args.out + share.at(args, packed + row) + column) = *(const uint4*)(own + row * LINE + column);
+        const uint4 words = *(const uint4*)(own + row * LINE + column);
+        const size_t at = share.at(args, packed + row) + column;
+        if (args.type == TYPE<T>) {
+            *(uint4*)((T*)args.out + at) = words;
+        } else {
+            float x[8];
+            unpack8<T>(x, words);
+            store8_of(args.type, args.out, at, x);
+        }
     }
 }
 

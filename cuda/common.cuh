@@ -7,10 +7,11 @@
 #include "kernels.h"
 #include "mma.cuh"
 
-// KERNEL(name, Args, threads) { body } is a kernel of blocks of at most `threads` that finds its arguments in `args`.
+// KERNEL(name, Args, threads) { body } is a kernel of blocks of at most `threads` that finds its arguments in `args`. A
+// number behind that is of blocks that a multiprocessor holds: registers are made to do for so many, not for more.
 #ifndef MINDSKIP_EMULATE
-#define KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+#define KERNEL(name, Args, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args args)
 #endif
 
 constexpr int WARP = 32;
@@ -56,8 +57,39 @@ template <class T> __device__ inline void store8(T* to, const float (&x)[8]) {
     *(uint4*)to = make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
 }
 
+// The same where the type of the numbers is known at run time only: it does not matter beside what else is read.
+template <class T> constexpr uint32_t TYPE = TYPE_F32;
+template <> constexpr uint32_t TYPE<f16> = TYPE_F16;
+template <> constexpr uint32_t TYPE<bf16> = TYPE_BF16;
+__device__ inline void load8_of(uint32_t type, float (&x)[8], const void* from, size_t at) {
+    if (type == TYPE_F32) load8(x, (const float*)from + at);
+    else if (type == TYPE_F16) load8(x, (const f16*)from + at);
+    else load8(x, (const bf16*)from + at);
+}
+__device__ inline void store8_of(uint32_t type, void* to, size_t at, const float (&x)[8]) {
+    if (type == TYPE_F32) store8((float*)to + at, x);
+    else if (type == TYPE_F16) store8((f16*)to + at, x);
+    else store8((bf16*)to + at, x);
+}
+__device__ inline void store_of(uint32_t type, void* to, size_t at, float x) {
+    if (type == TYPE_F32) ((float*)to)[at] = x;
+    else if (type == TYPE_F16) ((f16*)to)[at] = from_f32<f16>(x);
+    else ((bf16*)to)[at] = from_f32<bf16>(x);
+}
+
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ inline float silu(float x) { return x * sigmoid(x); }
+
+// The order of numbers as that of integers; 0 and -0 are the same, a NaN is above all.
+__device__ inline uint32_t rank_of(float x) {
+    const uint32_t bits = __float_as_uint(x + 0.0f);
+    if (x != x) return FULL;
+    return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+__device__ inline float of_rank(uint32_t rank) { return __uint_as_float(rank >> 31 ? rank ^ 1u << 31 : ~rank); }
+
+// Larger for the better token: the larger logit, of equals the lower id.
+__device__ inline uint64_t best_key(float logit, uint32_t id) { return (uint64_t)rank_of(logit) << 32 | (FULL - id); }
 
 // Sums over the lanes of a warp, the same in all of them.
 template <class T> __device__ inline T warp_sum(T x) {

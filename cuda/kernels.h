@@ -1,14 +1,19 @@
 /* The contract between the kernels and Rust: one argument struct for each kernel, in plain C.
  *
- * src/backend/cuda/kernels.rs is made from this file by bindgen and committed. Activations and K/V are stored in the type
- * that the kernel's name ends in: f32, f16 or bf16. Matrices have that type too; vectors, the residual stream, router
- * logits and partial results are f32. Widths, but that of the vocabulary, are multiples of 8, head_dim is one of 16 and at
+ * src/backend/cuda/kernels.rs is made from this file by bindgen and committed. Activations are stored in the type that the
+ * kernel's name ends in: f32, f16 or bf16. Matrices have that type too; vectors, the residual stream, router logits and
+ * partial results are f32. Kernels of attention are named by the type of K/V, which may be a narrower one. Widths, but that of the vocabulary, are multiples of 8, head_dim is one of 16 and at
  * most 256; buffers start at multiples of 16 bytes.
  */
 #ifndef MINDSKIP_KERNELS_H
 #define MINDSKIP_KERNELS_H
 
 #include <stdint.h>
+
+/* Types of numbers. */
+#define TYPE_F32 0
+#define TYPE_F16 1
+#define TYPE_BF16 2
 
 /* Rows of one page of the KV cache. */
 #define KV_PAGE 64
@@ -39,6 +44,7 @@ typedef struct KvLayer {
     uint32_t pages_per_seq;
     uint32_t kv_heads;
     uint32_t head_dim;
+    uint32_t type; /* of data */
 } KvLayer;
 
 /* pointwise.cu */
@@ -121,6 +127,37 @@ typedef struct LogProbsArgs {
     uint32_t vocab;
 } LogProbsArgs;
 
+/* sample.cu: launches over rows, by blockIdx.x, or by blockIdx.y where a row takes many blocks. */
+
+/* Logits of which the best is told together. */
+#define SAMPLE_GROUP 16
+/* Logits that a block weighs, and words of how a row is drawn: see Sample in src/backend/ops.rs. */
+#define SAMPLE_CHUNK 2048
+#define SAMPLE_DRAW 6
+/* No token: see SAMPLE_NONE there. */
+#define SAMPLE_NONE 0xffffffff
+
+/* What may be drawn of a row: logits of `floor` and more. */
+typedef struct SampleBounds {
+    float highest;
+    float floor;
+    uint32_t drawn; /* 0: the token is chosen already */
+} SampleBounds;
+
+typedef struct SampleArgs {
+    const float *logits;   /* [rows, vocab] */
+    const uint32_t *draws; /* [rows, SAMPLE_DRAW], or null: all are greedy */
+    uint64_t *best;        /* [rows, groups]: rank of the best logit, then the lowest id that has it, inverted */
+    SampleBounds *bounds;  /* [rows] */
+    uint64_t *keys;        /* [rows, chunks, SAMPLE_CHUNK] */
+    uint64_t *sums;        /* [rows, chunks] */
+    uint32_t *counts;      /* [rows, chunks] */
+    uint32_t *tokens;      /* [rows] */
+    uint32_t vocab;
+    uint32_t groups;
+    uint32_t chunks;
+} SampleArgs;
+
 /* Puts values from the host in their places: runs of [offset, length, values...], one block a run. */
 typedef struct PutIntsArgs {
     const uint32_t *runs;
@@ -190,6 +227,7 @@ typedef struct AttendArgs {
     const uint32_t *end;      /* [rows] */
     KvLayer kv;
     uint32_t heads;
+    uint32_t type; /* of q and out */
     float scale;
     /* Decode: blocks that keep the GPU busy, to which the K/V of all rows and heads are dealt out; the last block of a
      * row to end merges what they found. */
@@ -216,6 +254,7 @@ typedef struct SkinnyArgs {
     uint32_t base; /* gathering: source row i is src[index[i] - base] */
     RowSet rows[2]; /* index null: there is none */
     Product of[3];
+    uint64_t *best; /* of logits: see SampleArgs, or null */
     WorkCount *work; /* or null */
 } SkinnyArgs;
 

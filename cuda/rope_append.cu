@@ -58,20 +58,21 @@ template <class T> __device__ void rope_append(const RopeAppendArgs& args) {
         high[j] = b * cosine[j] + a * sine[j];
     }
 
-    T* to = (T*)args.q + from;
-    if (!query) {
-        const uint32_t place = args.kv_row[i], slot = args.row_slot[row];
-        const uint32_t page = kv.tables[(size_t)slot * kv.pages_per_seq + place / KV_PAGE];
-        to = (T*)kv.data + (((size_t)page * kv.kv_heads + head) * 2 * KV_PAGE + place % KV_PAGE) * d + at;
-        if (head == 0 && at == 0) kv.positions[(size_t)page * KV_PAGE + place % KV_PAGE] = args.pos[row];
-        float v[8];
-        load8(v, (const T*)args.v + from);
-        store8(to + KV_PAGE * d, v);
-        load8(v, (const T*)args.v + from + half);
-        store8(to + KV_PAGE * d + half, v);
+    if (query) {
+        store8((T*)args.q + from, low);
+        store8((T*)args.q + from + half, high);
+        return;
     }
-    store8(to, low);
-    store8(to + half, high);
+    const uint32_t place = args.kv_row[i], slot = args.row_slot[row];
+    const uint32_t page = kv.tables[(size_t)slot * kv.pages_per_seq + place / KV_PAGE];
+    const size_t to = (((size_t)page * kv.kv_heads + head) * 2 * KV_PAGE + place % KV_PAGE) * d + at;
+    if (head == 0 && at == 0) kv.positions[(size_t)page * KV_PAGE + place % KV_PAGE] = args.pos[row];
+    store8_of(kv.type, kv.data, to, low);
+    store8_of(kv.type, kv.data, to + half, high);
+    load8(low, (const T*)args.v + from);
+    load8(high, (const T*)args.v + from + half);
+    store8_of(kv.type, kv.data, to + KV_PAGE * d, low);
+    store8_of(kv.type, kv.data, to + KV_PAGE * d + half, high);
 }
 
 KERNEL(rope_append_f32, RopeAppendArgs, THREADS) { rope_append<float>(args); }

@@ -46,6 +46,15 @@ __device__ void note(const SkinnyArgs& args) {
     note_rows(args.work, count_of(args.rows[0]), args.rows[1].index ? count_of(args.rows[1]) : 0);
 }
 
+// The best of 16 logits, which stand in as many lanes.
+__device__ void note_best(const SkinnyArgs& args, const Product& of, bool inside, uint32_t row, uint32_t column, float logit) {
+    uint64_t best = inside ? best_key(logit, column) : 0;
+#pragma unroll
+    for (int lanes = SAMPLE_GROUP / 2; lanes > 0; lanes /= 2) best = max(best, __shfl_xor_sync(FULL, best, lanes));
+    const uint32_t groups = (of.n + SAMPLE_GROUP - 1) / SAMPLE_GROUP;
+    if (inside && column % SAMPLE_GROUP == 0) args.best[(size_t)row * groups + column / SAMPLE_GROUP] = best;
+}
+
 // A block takes 16 * BANDS columns for 8 * TILES rows; its warps take turns along k. More rows than 64 are a matter of
 // blockIdx.y. With many rows more columns a block keep the sources' share of the traffic low: each block reads them all.
 //
@@ -150,12 +159,15 @@ template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyA
 #pragma unroll
             for (int e = 0; e < EACH; e++) {
                 const uint32_t at = threadIdx.x + e * THREADS, i = at / 16, column = column0 + 16 * b + at % 16;
-                if (at >= ROWS * 16 || row0 + i >= n || column >= of.n) continue;
+                const bool inside = at < ROWS * 16 && row0 + i < n && column < of.n;
                 float sum = 0;
+                if (inside) {
 #pragma unroll
-                for (int other = 0; other < WARPS; other++) sum += room[other][i][at % 16];
-                if (part + 1 < PARTS) gate[e] = sum;
-                else put<T, EPILOGUE>(args, of, row0 + i, column, sum, gate[e]);
+                    for (int other = 0; other < WARPS; other++) sum += room[other][i][at % 16];
+                    if (part + 1 < PARTS) gate[e] = sum;
+                    else put<T, EPILOGUE>(args, of, row0 + i, column, sum, gate[e]);
+                }
+                if (EPILOGUE == LOGITS) note_best(args, of, inside, row0 + i, column, sum);
             }
         }
     }

@@ -3,11 +3,12 @@
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub use crate::backend::Draw;
 pub use crate::backend::Precision;
 use crate::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{self, CudaBackend};
-use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, Take, mean, sigmoid};
+use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, SAMPLE_NONE, Take, mean, sigmoid};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::kv::Slot;
@@ -39,8 +40,10 @@ pub enum Device {
 #[derive(Debug, Clone)]
 pub struct Options {
     pub device: Device,
-    /// On a GPU, what matrices, activations and K/V are stored in; None: what most of the model is in.
+    /// On a GPU, what matrices and activations are stored in; None: what most of the model is in.
     pub dtype: Option<DType>,
+    /// What K/V are stored in; None: the type of the activations, which is f32 on the CPU. Nothing wider than that.
+    pub kv_dtype: Option<DType>,
     /// CPU threads; None: one for every core this process may use.
     pub threads: Option<usize>,
     /// On the CPU.
@@ -62,6 +65,7 @@ impl Default for Options {
         Options {
             device: Device::Auto,
             dtype: None,
+            kv_dtype: None,
             threads: None,
             precision: Precision::F32,
             context: None,
@@ -90,9 +94,15 @@ impl Options {
 fn backend(options: &Options, weights: &Weights, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
     #[cfg(not(feature = "cuda"))]
     let _ = (weights, fallback);
-    let cpu = || Ok(Box::new(CpuBackend::new(options.threads, options.precision)?) as Box<dyn Backend>);
+    let cpu = || {
+        Ok(Box::new(CpuBackend::new(options.threads, options.precision, options.kv_dtype.unwrap_or(DType::F32))?)
+            as Box<dyn Backend>)
+    };
     #[cfg(feature = "cuda")]
-    let gpu = |device| Ok(Box::new(CudaBackend::new(device, options.dtype.unwrap_or(weights.main_dtype()))?) as _);
+    let gpu = |device| {
+        let dtype = options.dtype.unwrap_or(weights.main_dtype());
+        Ok(Box::new(CudaBackend::new(device, dtype, options.kv_dtype.unwrap_or(dtype))?) as _)
+    };
     match options.device {
         Device::Cpu => cpu(),
         #[cfg(feature = "cuda")]
@@ -180,6 +190,8 @@ pub struct Engine {
     open: Vec<Option<Seq>>,
     /// `[sequences, vocab]` of the last step.
     logits: Vec<f32>,
+    /// `[sequences]`, when the last step has chosen them.
+    tokens: Vec<u32>,
 }
 
 impl Engine {
@@ -205,6 +217,7 @@ impl Engine {
             positions: vec![0; slots],
             open: vec![None; slots],
             logits: Vec::new(),
+            tokens: Vec::new(),
         })
     }
 
@@ -248,31 +261,64 @@ impl Engine {
     /// the context or [`Options::rows`]; Memory when the KV cache is full; Numeric for NaN or infinite logits. The sequences
     /// are as before then.
     pub fn prefill(&mut self, prompts: &[(Seq, &[u32])]) -> Result<&[f32]> {
-        self.step(Phase::Prefill, prompts)
+        self.step(Phase::Prefill, prompts, None)?;
+        Ok(&self.logits)
+    }
+
+    /// [`prefill`](Self::prefill) that chooses the token behind each prompt on the device, as the draws say: one for each
+    /// prompt. The logits stay there. Errors as in `prefill`.
+    pub fn prefill_and_sample(&mut self, prompts: &[(Seq, &[u32])], draws: &[Draw]) -> Result<&[u32]> {
+        self.step(Phase::Prefill, prompts, Some(draws))?;
+        Ok(&self.tokens)
     }
 
     /// Appends one token to each sequence and returns the logits behind it, `[sequences, vocab]`. Errors as in `prefill`.
     pub fn decode(&mut self, tokens: &[(Seq, u32)]) -> Result<&[f32]> {
         let steps: Vec<(Seq, &[u32])> = tokens.iter().map(|(seq, id)| (*seq, std::slice::from_ref(id))).collect();
-        self.step(Phase::Decode, &steps)
+        self.step(Phase::Decode, &steps, None)?;
+        Ok(&self.logits)
     }
 
-    fn step(&mut self, phase: Phase, seqs: &[(Seq, &[u32])]) -> Result<&[f32]> {
+    /// [`decode`](Self::decode) that chooses the next token of each sequence on the device: a step reads back 4 bytes for
+    /// each sequence. Errors as in `prefill`.
+    pub fn decode_and_sample(&mut self, tokens: &[(Seq, u32)], draws: &[Draw]) -> Result<&[u32]> {
+        let steps: Vec<(Seq, &[u32])> = tokens.iter().map(|(seq, id)| (*seq, std::slice::from_ref(id))).collect();
+        self.step(Phase::Decode, &steps, Some(draws))?;
+        Ok(&self.tokens)
+    }
+
+    fn step(&mut self, phase: Phase, seqs: &[(Seq, &[u32])], draws: Option<&[Draw]>) -> Result<()> {
         self.check(seqs)?;
+        let fits = draws.is_none_or(|draws| draws.len() == seqs.len());
+        ensure!(fits, Argument, "{} draws for {} sequences", draws.map_or(0, <[_]>::len), seqs.len());
         let steps: Vec<_> =
             seqs.iter().map(|&(Seq { slot, .. }, ids)| (slot, self.positions[slot.index()], ids)).collect();
-        self.state.run(self.backend.as_mut(), &self.model, phase, &steps)?;
-        let vocab = self.model.config.vocab;
-        self.logits.resize(seqs.len() * vocab, 0.0);
-        self.backend.read_floats(self.state.plan.buffers.logits.rows(0..seqs.len()), &mut self.logits)?;
-        if !self.logits.iter().all(|x| x.is_finite()) {
+        self.state.run(self.backend.as_mut(), &self.model, phase, &steps, draws)?;
+        let numbers = if draws.is_some() { self.read_tokens()? } else { self.read_logits()? };
+        if !numbers {
             self.state.undo(self.backend.as_mut())?;
             return Err(self.not_finite());
         }
         for &(Seq { slot, .. }, ids) in seqs {
             self.positions[slot.index()] += ids.len();
         }
-        Ok(&self.logits)
+        Ok(())
+    }
+
+    /// Whether all of them are finite.
+    fn read_logits(&mut self) -> Result<bool> {
+        let logits = self.state.plan.buffers.logits.rows(0..self.state.sequences());
+        self.logits.resize(logits.rows * logits.cols, 0.0);
+        self.backend.read_floats(logits, &mut self.logits)?;
+        Ok(self.logits.iter().all(|x| x.is_finite()))
+    }
+
+    /// Whether one could be chosen for every sequence.
+    fn read_tokens(&mut self) -> Result<bool> {
+        let tokens = self.state.tokens();
+        self.tokens.resize(tokens.len, 0);
+        self.backend.read_ints(tokens, &mut self.tokens)?;
+        Ok(!self.tokens.contains(&SAMPLE_NONE))
     }
 
     fn check(&self, seqs: &[(Seq, &[u32])]) -> Result<()> {

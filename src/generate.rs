@@ -122,36 +122,30 @@ pub fn generate(
     turns: &mut [Turn],
     on_text: &mut dyn FnMut(usize, &str) -> ControlFlow<()>,
 ) -> Result<(Vec<Answer>, Timing)> {
-    let vocab = engine.config().vocab;
     let start = Instant::now();
     let before: Vec<_> = turns.iter().map(|t| engine.position(t.seq) + t.prompt.len()).collect();
-    let prompts: Vec<_> = turns.iter().map(|t| (t.seq, &t.prompt[..])).collect();
-    let mut timing = Timing { prompt_tokens: prompts.iter().map(|(_, ids)| ids.len()).sum(), ..Timing::default() };
-    let mut logits = engine.prefill(&prompts)?.to_vec();
-    timing.prefill = start.elapsed();
-
+    let mut timing = Timing { prompt_tokens: turns.iter().map(|t| t.prompt.len()).sum(), ..Timing::default() };
+    turns.iter_mut().for_each(|turn| turn.history.extend(&turn.prompt));
     let mut running: Vec<_> = turns
-        .iter_mut()
-        .map(|turn| {
-            turn.history.extend(&turn.prompt);
-            Running {
-                tokens: Vec::new(),
-                stream: tokenizer.stream(true),
-                text: String::new(),
-                held: String::new(),
-                finish: (turn.max_tokens == 0).then_some(Finish::Length),
-            }
+        .iter()
+        .map(|turn| Running {
+            tokens: Vec::new(),
+            stream: tokenizer.stream(true),
+            text: String::new(),
+            held: String::new(),
+            finish: (turn.max_tokens == 0).then_some(Finish::Length),
         })
         .collect();
-    // The turns whose logits stand in `logits`, in their order.
+    // The turns that go on, and the token behind each.
     let mut active: Vec<usize> = (0..turns.len()).collect();
+    let mut tokens = advance(engine, turns, &active, None)?;
+    timing.prefill = start.elapsed();
     let mut interrupted = false;
     loop {
         let mut next = Vec::with_capacity(active.len());
-        for (row, &i) in active.iter().enumerate() {
+        for (&i, &token) in active.iter().zip(&tokens) {
             let (turn, run) = (&mut turns[i], &mut running[i]);
             if run.finish.is_none() {
-                let token = turn.sampler.sample(&logits[row * vocab..][..vocab], &turn.history)?;
                 let text = run.take(turn, token)?;
                 interrupted |= on_text(i, &text).is_break();
                 run.text.push_str(&text);
@@ -164,7 +158,7 @@ pub fn generate(
                 timing.first_token = start.elapsed();
             }
             if run.finish.is_none() {
-                next.push((i, (turn.seq, *run.tokens.last().expect("a token was made"))));
+                next.push((i, (turn.seq, token)));
             }
         }
         active.clear();
@@ -173,9 +167,8 @@ pub fn generate(
             break;
         }
         let step = Instant::now();
-        let tokens: Vec<_> = next.into_iter().map(|(_, token)| token).collect();
-        logits.clear();
-        logits.extend_from_slice(engine.decode(&tokens)?);
+        let read: Vec<_> = next.into_iter().map(|(_, token)| token).collect();
+        tokens = advance(engine, turns, &active, Some(&read))?;
         timing.decode += step.elapsed();
         timing.decoded_tokens += tokens.len();
     }
@@ -194,6 +187,35 @@ pub fn generate(
         answers.push(Answer { text: run.text, tokens: run.tokens, read, finish });
     }
     Ok((answers, timing))
+}
+
+/// Reads the prompts, or a token each, and chooses the token behind each of the turns `active`: on the device, unless a
+/// penalty needs the logits here.
+fn advance(engine: &mut Engine, turns: &mut [Turn], active: &[usize], read: Option<&[(Seq, u32)]>) -> Result<Vec<u32>> {
+    let vocab = engine.config().vocab;
+    if active.iter().any(|&i| turns[i].sampler.needs_logits()) {
+        let logits = match read {
+            None => engine.prefill(&prompts(turns))?,
+            Some(tokens) => engine.decode(tokens)?,
+        };
+        let rows = active.iter().zip(logits.chunks_exact(vocab));
+        return rows
+            .map(|(&i, logits)| {
+                let Turn { sampler, history, .. } = &mut turns[i];
+                sampler.sample(logits, history)
+            })
+            .collect();
+    }
+    let draws: Vec<_> = active.iter().map(|&i| turns[i].sampler.draw()).collect();
+    let tokens = match read {
+        None => engine.prefill_and_sample(&prompts(turns), &draws)?,
+        Some(tokens) => engine.decode_and_sample(tokens, &draws)?,
+    };
+    Ok(tokens.to_vec())
+}
+
+fn prompts(turns: &[Turn]) -> Vec<(Seq, &[u32])> {
+    turns.iter().map(|turn| (turn.seq, &turn.prompt[..])).collect()
 }
 
 impl Running {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::backend::{ALIGN, Backend, Ints, KvLayout, Largest, Mat, PAGE};
+use crate::backend::{ALIGN, Backend, Draw, Ints, KvLayout, Largest, Mat, PAGE};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::tensor::DType;
@@ -89,6 +89,9 @@ pub struct Buffers {
     /// `[logits rows]`: the rows whose logits are wanted, and the tokens to score them for
     pub head_rows: Ints,
     pub targets: Ints,
+    /// `[S · Draw::WORDS]`, and the tokens that were chosen, `[S]`
+    pub draws: Ints,
+    pub tokens: Ints,
 }
 
 /// Logits computed at a time when every position of a prompt is scored: enough rows to read the head's weight once for many.
@@ -159,6 +162,7 @@ impl MemoryPlan {
             hidden: config.hidden,
             intermediate: config.intermediate,
             heads: config.heads,
+            vocab: config.vocab,
         };
         let workspace = be.workspace(&largest, &kv)? as u64;
         let mut plan = MemoryPlan {
@@ -296,6 +300,8 @@ impl Buffers {
             kv_row: at.ints(rows)?,
             head_rows: at.ints(head_rows)?,
             targets: at.ints(head_rows)?,
+            draws: at.ints(batch.checked_mul(Draw::WORDS)?)?,
+            tokens: at.ints(batch)?,
         })
     }
 }

@@ -6,7 +6,7 @@
 
 use std::ops::{ControlFlow, Range};
 
-use crate::backend::{Backend, Ints, Mat, RowSet, StepKey, Take, UNDECIDED};
+use crate::backend::{Backend, Draw, Ints, Mat, Next, RowSet, Sample, StepKey, Take, UNDECIDED};
 use crate::error::{Error, Kind, Result};
 use crate::kv::{KvCache, Slot};
 use crate::memory::MemoryPlan;
@@ -121,21 +121,28 @@ impl State {
         Ok(slot)
     }
 
-    /// Runs one step for sequences of (slot, position of the first token, tokens), and the head of each one's last row.
-    /// On an error the K/V lengths are as before.
+    /// Runs one step for sequences of (slot, position of the first token, tokens), and the head of each one's last row. With
+    /// `draws`, one for each sequence, it also chooses the tokens that follow. On an error the K/V lengths are as before.
     pub fn run(
         &mut self,
         be: &mut dyn Backend,
         model: &Model,
         phase: Phase,
         seqs: &[(Slot, usize, &[u32])],
+        draws: Option<&[Draw]>,
     ) -> Result<()> {
         self.settle(be, model)?;
-        let key = StepKey { rows: seqs.iter().map(|(_, _, ids)| ids.len()).sum() };
-        let result = self.begin(be, model, phase, seqs).and_then(|()| {
+        let next = match draws {
+            None => Next::Logits,
+            Some(draws) if draws.iter().all(Draw::is_greedy) => Next::Greedy,
+            Some(_) => Next::Drawn,
+        };
+        let key = StepKey { rows: seqs.iter().map(|(_, _, ids)| ids.len()).sum(), next };
+        let result = self.begin(be, model, phase, seqs, draws).and_then(|()| {
             be.step((phase == Phase::Decode).then_some(key), &mut |be| {
                 model.forward(be, self)?;
-                model.head(be, self, self.sequences())
+                model.head(be, self, self.sequences())?;
+                self.sampling(next).map_or(Ok(()), |sample| be.sample(&sample))
             })
         });
         match result {
@@ -151,6 +158,7 @@ impl State {
         model: &Model,
         phase: Phase,
         seqs: &[(Slot, usize, &[u32])],
+        draws: Option<&[Draw]>,
     ) -> Result<()> {
         self.phase = phase;
         self.seqs.clear();
@@ -175,10 +183,31 @@ impl State {
             self.reserve_one(be, model)?;
         }
         self.write_inputs(be, seqs)?;
+        if let Some(draws) = draws.filter(|draws| !draws.iter().all(Draw::is_greedy)) {
+            self.scratch.clear();
+            self.scratch.extend(draws.iter().flat_map(Draw::words));
+            be.write_ints(self.plan.buffers.draws, &self.scratch)?;
+        }
         if let Some(Routing { gates: Gates::Random { capacity, seed }, layers, settings }) = &model.routing {
             self.draw(be, layers, settings.granularity.level, *capacity, *seed, seqs)?;
         }
         Ok(())
+    }
+
+    /// How the tokens behind a step are chosen, if they are.
+    fn sampling(&self, next: Next) -> Option<Sample> {
+        let (b, n) = (&self.plan.buffers, self.sequences());
+        let draws = match next {
+            Next::Logits => return None,
+            Next::Greedy => None,
+            Next::Drawn => Some(b.draws.slice(0..n * Draw::WORDS)),
+        };
+        Some(Sample { logits: b.logits.rows(0..n), draws, tokens: self.tokens() })
+    }
+
+    /// The tokens that the step has chosen.
+    pub fn tokens(&self) -> Ints {
+        self.plan.buffers.tokens.slice(0..self.sequences())
     }
 
     fn write_inputs(&mut self, be: &mut dyn Backend, seqs: &[(Slot, usize, &[u32])]) -> Result<()> {

@@ -278,6 +278,9 @@ fn inspect_and_doctor_tell_what_there_is() {
     let sum = ["weights", "activations", "kv"].map(|k| value["memory"][k].as_u64().unwrap()).iter().sum::<u64>();
     assert_eq!(value["memory"]["total"].as_u64().unwrap(), sum);
     assert!(ok(&["inspect", "--plan"]).contains("router logits"));
+    let narrow = json(&["inspect", "--json", "--plan", "--device", "cpu", "--kv-dtype", "f16", "--gpu-memory", "90%"]);
+    let bytes = |value: &Value| value["memory"]["kv_page_bytes"].as_u64().unwrap() - 256; // positions
+    assert_eq!(2 * bytes(&narrow), bytes(&value));
     let routers = stories().join("routers.safetensors");
     assert!(ok(&["inspect", routers.to_str().unwrap()]).contains("5 layers, 3-7, hidden 128"));
     assert_eq!(json(&["inspect", "--json", routers.to_str().unwrap()])["granularity"], "attn_token");

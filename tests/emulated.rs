@@ -9,6 +9,7 @@ use mindskip::bundle::Bundle;
 use mindskip::engine::{Device, Engine, Options, Seq};
 use mindskip::model::Routing;
 use mindskip::router::{Keys, RouterSettings};
+use mindskip::sample::{Sampler, SamplerSettings};
 use mindskip::tensor::DType;
 
 fn stories(options: Options, settings: impl Fn(RouterSettings) -> RouterSettings) -> mindskip::Result<Engine> {
@@ -88,6 +89,20 @@ fn recorded_steps_are_replayed_with_new_inputs() {
             assert_eq!(after.launches - before.launches, 1, "{what}");
             assert_eq!((after.copies_in - before.copies_in, after.copies_out - before.copies_out), (1, 2), "{what}");
         }
+        // With the choice of a token in it, a step reads the counts and 4 bytes for the sequence.
+        let draw = Sampler::new(SamplerSettings { temperature: 1.0, ..Default::default() }).unwrap().draw();
+        for step in 0..5 {
+            let before = gpu.counters();
+            gpu.decode_and_sample(&[(seq, 3 + step)], &[draw]).unwrap();
+            let after = gpu.counters();
+            if step >= 2 {
+                let what = format!("step {step}: {before:?} {after:?}");
+                assert_eq!((after.replays - before.replays, after.launches - before.launches), (1, 1), "{what}");
+                assert_eq!(after.copies_out - before.copies_out, 2, "{what}");
+                let layers = gpu.config().layers as u64;
+                assert_eq!(after.bytes_out - before.bytes_out, 4 * layers + 4, "{what}");
+            }
+        }
     }
 }
 
@@ -155,6 +170,14 @@ fn what_the_kernels_do_not_take_is_refused() {
     let error = Engine::new(small, weights, None, &options).err().unwrap();
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");
     assert!(error.to_string().ends_with("use --device cpu"), "{error}");
+}
+
+#[test]
+fn kv_wider_than_the_activations_are_refused() {
+    let options = Options { kv_dtype: Some(DType::F32), ..emulated(DType::BF16, 1) };
+    let error = stories(options, |s| s).err().unwrap();
+    assert_eq!(error.kind(), Kind::Unsupported, "{error}");
+    assert!(error.to_string().contains("--kv-dtype bf16"), "{error}");
 }
 
 /// More sequences than the streaming products take at a time, and fewer from step to step.

@@ -11,12 +11,7 @@ use mindskip::model::Routing;
 fn stories(options: Options) -> Option<Engine> {
     let bundle = Bundle::embedded().unwrap();
     let routing = bundle.routers.clone().map(Routing::routers);
-    unless_unsupported(Engine::new(
-        bundle.config,
-        bundle.weights,
-        routing,
-        &Options { precision: Precision::Bf16, ..options },
-    ))
+    unless_unsupported(Engine::new(bundle.config, bundle.weights, routing, &options))
 }
 
 fn unless_unsupported(engine: mindskip::Result<Engine>) -> Option<Engine> {
@@ -50,29 +45,7 @@ fn logits_stay_close_to_those_of_f32() {
 
 #[test]
 fn batches_chunks_and_decode_agree_to_the_bit() {
-    let (a, b) = (ids(37, 1536, 2), ids(11, 1536, 3));
-    let Some(mut engine) = stories(options(2, 64)) else { return };
-    let seq = engine.open().unwrap();
-    let alone = engine.prefill(&[(seq, &a)]).unwrap().to_vec();
-    engine.close(seq).unwrap();
-
-    let (x, y) = (engine.open().unwrap(), engine.open().unwrap());
-    let together = engine.prefill(&[(y, &b), (x, &a)]).unwrap()[1536..].to_vec();
-    assert_bits("in a batch", &together, &alone);
-    engine.close(x).unwrap();
-    engine.close(y).unwrap();
-
-    let seq = engine.open().unwrap();
-    engine.prefill(&[(seq, &a[..20])]).unwrap();
-    let mut logits = Vec::new();
-    for &id in &a[20..] {
-        logits = engine.decode(&[(seq, id)]).unwrap().to_vec();
-    }
-    assert_bits("by decode", &logits, &alone);
-
-    let mut chunked = stories(Options { chunk: Some(7), ..options(1, 64) }).unwrap();
-    let seq = chunked.open().unwrap();
-    assert_bits("in chunks", chunked.prefill(&[(seq, &a)]).unwrap(), &alone);
+    agree_to_the_bit(|options| stories(Options { precision: Precision::Bf16, ..options }));
 }
 
 /// Weights in f32 are multiplied in f32 whatever is asked for.

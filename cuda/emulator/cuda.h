@@ -30,7 +30,7 @@
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
-#define KERNEL(name, Args, threads)                                                                                    \
+#define KERNEL(name, Args, threads, ...)                                                                               \
     static void name(const Args& args);                                                                                \
     [[maybe_unused]] static const bool emu_added_##name =                                                              \
         emu::add_kernel({#name, sizeof(Args), threads, [](const void* args) { name(*(const Args*)args); }});           \
@@ -236,6 +236,9 @@ inline unsigned __brev(unsigned x) {
     return y;
 }
 inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned __int128)a * b >> 64;
+}
 
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
@@ -259,6 +262,12 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }
+inline double __dadd_rn(double x, double y) { return x + y; }
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __ddiv_rn(double x, double y) { return x / y; }
+inline double __ull2double_rn(unsigned long long x) { return double(x); }
+inline long long __double_as_longlong(double x) { return std::bit_cast<long long>(x); }
+inline double __longlong_as_double(long long x) { return std::bit_cast<double>(x); }
 inline float __saturatef(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 
 // Of an int and an unsigned, CUDA makes unsigned numbers, as C does.

@@ -127,6 +127,7 @@ pub struct Largest {
     pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
+    pub vocab: usize,
 }
 
 /// What a backend runs on.
@@ -287,6 +288,17 @@ pub fn top_count(share: f32, rows: usize) -> usize {
 pub struct StepKey {
     /// Rows of the step, one for each sequence.
     pub rows: usize,
+    pub next: Next,
+}
+
+/// What a step leaves behind for each sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Next {
+    Logits,
+    /// The best token, too.
+    Greedy,
+    /// A token that was drawn, too.
+    Drawn,
 }
 
 #[cfg(test)]

@@ -77,6 +77,8 @@ ops! {
     logits(Logits),
     /// Log-probabilities of given tokens: `out[i] = logits[i, targets[i]] − logsumexp(logits[i])`.
     logprobs(LogProbs),
+    /// Chooses a token by each row of logits.
+    sample(Sample),
 }
 
 /// What an op really processed, known when it has run.
@@ -582,5 +584,69 @@ impl LogProbs {
     pub fn cost(&self, work: Work) -> Cost {
         let values = (work.rows * self.logits.cols) as u64;
         Cost { flops: 2 * values, bytes: 4 * values }
+    }
+}
+
+/// How the token of a row is drawn: see [`SamplerSettings`](crate::sample::SamplerSettings) for what the fields mean.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Draw {
+    /// 0: the best token, of equals the lowest id.
+    pub temperature: f32,
+    /// 0: all.
+    pub top_k: u32,
+    pub top_p: f32,
+    pub min_p: f32,
+    /// 64 random bits.
+    pub random: u64,
+}
+
+impl Draw {
+    /// The number of [`words`](Self::words).
+    pub const WORDS: usize = 6;
+
+    pub fn is_greedy(&self) -> bool {
+        self.temperature == 0.0
+    }
+
+    /// As integers, for [`Sample::draws`].
+    pub fn words(&self) -> [u32; Draw::WORDS] {
+        let Draw { temperature, top_k, top_p, min_p, random } = *self;
+        [temperature.to_bits(), top_k, top_p.to_bits(), min_p.to_bits(), random as u32, (random >> 32) as u32]
+    }
+
+    pub fn from_words(words: [u32; Draw::WORDS]) -> Self {
+        let [temperature, top_k, top_p, min_p, low, high] = words;
+        let [temperature, top_p, min_p] = [temperature, top_p, min_p].map(f32::from_bits);
+        Draw { temperature, top_k, top_p, min_p, random: u64::from(high) << 32 | u64::from(low) }
+    }
+}
+
+/// In [`Sample::tokens`]: no token can be chosen, as a logit is NaN or +∞, or all are −∞.
+pub const SAMPLE_NONE: u32 = u32::MAX;
+
+/// See [`Ops::sample`]. Every backend chooses the same token from the same logits.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample {
+    /// `[rows, vocab]`, f32, vocab at most 2^24
+    pub logits: Mat,
+    /// `[rows · Draw::WORDS]`, the words of a [`Draw`] for each row; None: all rows are greedy
+    pub draws: Option<Ints>,
+    /// out `[rows]`: a token, or [`SAMPLE_NONE`]
+    pub tokens: Ints,
+}
+
+impl Sample {
+    pub fn check(&self) -> Result<()> {
+        let Mat { rows, cols, .. } = self.logits;
+        check_f32("sample", "logits", self.logits)?;
+        ensure!((1..=1 << 24).contains(&cols), Shape, "sample: a vocabulary of {cols}, not of 1 to 2^24");
+        if let Some(draws) = self.draws {
+            check_len("sample", "draws", draws, rows * Draw::WORDS)?;
+        }
+        check_len("sample", "tokens", self.tokens, rows)
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        Cost { flops: 0, bytes: (work.rows * self.logits.cols * 4) as u64 }
     }
 }

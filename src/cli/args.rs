@@ -161,9 +161,12 @@ pub struct RunArgs {
     /// Where to run: cpu, cuda, cuda:N, or auto, which is the first GPU if there is one.
     #[arg(long, default_value = "auto", value_parser = device)]
     device: Device,
-    /// On a GPU: f32, f16 or bf16 for weights, activations and K/V; as the model is stored when nothing is given.
+    /// On a GPU: f32, f16 or bf16 for weights and activations; as the model is stored when nothing is given.
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     dtype: Option<DType>,
+    /// f32, f16 or bf16 for K/V; as the activations when nothing is given, which are f32 on the CPU.
+    #[arg(long, value_name = "DTYPE", value_parser = dtype)]
+    kv_dtype: Option<DType>,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -173,7 +176,7 @@ pub struct RunArgs {
     precision: String,
     /// What weights, activations and K/V may take together on the device, such as 8G or 90%; all that is free when nothing is
     /// given.
-    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
+    #[arg(long, visible_alias = "gpu-memory", value_name = "SIZE", value_parser = parse_budget)]
     memory: Option<Budget>,
     /// Tokens of a sequence, prompt and answer together; no more than needed when nothing is given.
     #[arg(long, value_name = "N")]
@@ -202,11 +205,12 @@ impl RunArgs {
     }
 
     pub fn options(&self, batch: usize, context: usize, rows: usize) -> Result<Options> {
-        let Self { device, dtype, threads, memory, chunk, .. } = *self;
+        let Self { device, dtype, kv_dtype, threads, memory, chunk, .. } = *self;
         let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
         Ok(Options {
             device,
             dtype,
+            kv_dtype,
             threads,
             precision,
             context: Some(self.context.unwrap_or(context)),

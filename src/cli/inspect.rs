@@ -166,7 +166,11 @@ fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routing: Option<&Routing>,
     if plan.workspace > 0 {
         line("workspace", plan.workspace, String::new())?;
     }
-    line("K/V", plan.kv_bytes(), format!(", {} pages of {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64)))?;
+    line(
+        "K/V",
+        plan.kv_bytes(),
+        format!(", {} pages of {} in {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64), plan.kv.dtype),
+    )?;
     if let Some(routing) = routing.filter(|r| !r.settings.keeps_kv()) {
         let held = |capacity| match plan.kv_tokens(routing.layers.len(), capacity) {
             Some(tokens) => format!("{tokens} tokens at capacity {capacity}"),
@@ -228,7 +232,7 @@ fn plan_json(plan: &MemoryPlan) -> Value {
         "batch": plan.limits.batch, "context": plan.limits.context,
         "weights": plan.weights, "activations": plan.activations(), "kv": plan.kv_bytes(), "total": plan.total(),
         "free": plan.available,
-        "kv_pages": plan.kv.pages, "kv_page_bytes": plan.kv.page_bytes(),
+        "kv_dtype": plan.kv.dtype.to_string(), "kv_pages": plan.kv.pages, "kv_page_bytes": plan.kv.page_bytes(),
         "buffers": plan.buffers.list().into_iter().map(|(n, b)| (n.to_owned(), b.into())).collect::<Map<_, _>>(),
     })
 }

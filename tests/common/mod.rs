@@ -143,3 +143,31 @@ pub fn ids(n: usize, vocab: usize, seed: u64) -> Vec<u32> {
         })
         .collect()
 }
+
+/// A prompt gives the same bits alone, in a batch, token by token and in chunks, on engines over the embedded model. None:
+/// this machine cannot.
+pub fn agree_to_the_bit(stories: impl Fn(Options) -> Option<Engine>) {
+    let (a, b) = (ids(37, 1536, 2), ids(11, 1536, 3));
+    let Some(mut engine) = stories(options(2, 64)) else { return };
+    let seq = engine.open().unwrap();
+    let alone = engine.prefill(&[(seq, &a)]).unwrap().to_vec();
+    engine.close(seq).unwrap();
+
+    let (x, y) = (engine.open().unwrap(), engine.open().unwrap());
+    let together = engine.prefill(&[(y, &b), (x, &a)]).unwrap()[1536..].to_vec();
+    assert_bits("in a batch", &together, &alone);
+    engine.close(x).unwrap();
+    engine.close(y).unwrap();
+
+    let seq = engine.open().unwrap();
+    engine.prefill(&[(seq, &a[..20])]).unwrap();
+    let mut logits = Vec::new();
+    for &id in &a[20..] {
+        logits = engine.decode(&[(seq, id)]).unwrap().to_vec();
+    }
+    assert_bits("by decode", &logits, &alone);
+
+    let mut chunked = stories(Options { chunk: Some(7), ..options(1, 64) }).unwrap();
+    let seq = chunked.open().unwrap();
+    assert_bits("in chunks", chunked.prefill(&[(seq, &a)]).unwrap(), &alone);
+}

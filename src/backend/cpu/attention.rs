@@ -82,13 +82,14 @@ pub fn attend(
     if tasks.len() >= 2 * threads.count() {
         threads.each(usize::MAX, tasks.into_par_iter(), |scratch, (share, out)| {
             let work = Work::new(kv, queries, share);
-            let mut memory = scratch.floats(2 * work.floats()).chunks_exact_mut(work.floats());
+            let (memory, room) = scratch.floats(2 * work.floats() + kv.room()).split_at_mut(2 * work.floats());
+            let mut memory = memory.chunks_exact_mut(work.floats());
             let mut states = std::iter::from_fn(|| memory.next().map(|m| work.state(m)));
             let (mut total, mut part) = (states.next().expect("two"), states.next().expect("two"));
             total.clear();
             for segment in work.segments() {
                 part.clear();
-                dispatch!(threads.level, simd => work.see(simd, segment, &mut part));
+                dispatch!(threads.level, simd => work.see(simd, segment, &mut part, room));
                 total.merge(&part);
             }
             work.finish(&total, out);
@@ -113,9 +114,10 @@ pub fn attend(
         parts.extend(work.segments().zip(own).map(|(segment, state)| (work, segment, state)));
     }
     let rows: usize = parts.iter().map(|(work, ..)| work.len() * SEGMENT.min(work.range(work.len() - 1).len())).sum();
-    threads.each(2 * rows * kv.layout.head_dim, parts.par_iter_mut(), |_, (work, segment, state)| {
+    threads.each(2 * rows * kv.layout.head_dim, parts.par_iter_mut(), |scratch, (work, segment, state)| {
         state.clear();
-        dispatch!(threads.level, simd => work.see(simd, *segment, state));
+        let room = scratch.floats(kv.room());
+        dispatch!(threads.level, simd => work.see(simd, *segment, state, room));
     });
     let mut parts = parts.iter();
     for ((work, mut total), (_, out)) in works.iter().zip(totals).zip(tasks) {
@@ -245,34 +247,36 @@ impl<'a> Work<'a> {
 
     /// Lets all queries see a segment.
     #[inline(always)]
-    fn see<S: Simd>(&self, simd: S, segment: usize, state: &mut State) {
+    fn see<S: Simd>(&self, simd: S, segment: usize, state: &mut State, room: &mut [f32]) {
         let seen = self.range(0).start..self.range(self.len() - 1).end;
         let first = (segment * SEGMENT).max(seen.start) / PAGE;
         let end = ((segment + 1) * SEGMENT).min(seen.end).div_ceil(PAGE);
         for page in first..end {
+            let head = self.kv.head(self.table[page], self.share.kv_head, room);
             let mut i = 0;
             while i < self.len() {
                 // As many accumulators as the registers hold: 6 queries by 4 vectors, or 3 by 2.
                 i += match (self.len() - i, S::f32s::LEN) {
-                    (6.., LANES) => self.tile::<S, 6, 4>(simd, page, i, state),
-                    (4.., LANES) => self.tile::<S, 4, 4>(simd, page, i, state),
-                    (3, LANES) => self.tile::<S, 3, 4>(simd, page, i, state),
-                    (2, LANES) => self.tile::<S, 2, 4>(simd, page, i, state),
-                    (_, LANES) => self.tile::<S, 1, 4>(simd, page, i, state),
-                    (3.., _) => self.tile::<S, 3, 2>(simd, page, i, state),
-                    (2, _) => self.tile::<S, 2, 2>(simd, page, i, state),
-                    _ => self.tile::<S, 1, 2>(simd, page, i, state),
+                    (6.., LANES) => self.tile::<S, 6, 4>(simd, page, head, i, state),
+                    (4.., LANES) => self.tile::<S, 4, 4>(simd, page, head, i, state),
+                    (3, LANES) => self.tile::<S, 3, 4>(simd, page, head, i, state),
+                    (2, LANES) => self.tile::<S, 2, 4>(simd, page, head, i, state),
+                    (_, LANES) => self.tile::<S, 1, 4>(simd, page, head, i, state),
+                    (3.., _) => self.tile::<S, 3, 2>(simd, page, head, i, state),
+                    (2, _) => self.tile::<S, 2, 2>(simd, page, head, i, state),
+                    _ => self.tile::<S, 1, 2>(simd, page, head, i, state),
                 };
             }
         }
     }
 
-    /// Lets `M` queries from `at` on see a page, `N` vectors at a time. Returns M.
+    /// Lets `M` queries from `at` on see a page, of which they have `head`, `N` vectors at a time. Returns M.
     #[inline(always)]
     fn tile<S: Simd, const M: usize, const N: usize>(
         &self,
         simd: S,
         page: usize,
+        head: &[f32],
         at: usize,
         state: &mut State,
     ) -> usize {
@@ -283,7 +287,6 @@ impl<'a> Work<'a> {
         if low >= high {
             return M;
         }
-        let head = self.kv.head(self.table[page], self.share.kv_head);
         let (_, keys) = head.split_at(PAGE * self.head_dim);
         let mut queries: [&[f32]; M] = [&[]; M];
         for m in 0..M {

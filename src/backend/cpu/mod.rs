@@ -1,4 +1,4 @@
-//! The CPU backend: f32 activations and K/V, weights in place in whatever they are stored, all cores.
+//! The CPU backend: f32 activations, K/V in f32 or 16 bits, weights in place in whatever they are stored, all cores.
 
 mod attention;
 mod bf16;
@@ -6,6 +6,7 @@ mod kv_pool;
 mod linear;
 mod pointwise;
 mod route;
+mod sample;
 mod simd;
 mod threads;
 
@@ -21,6 +22,7 @@ use attention::Queries;
 use bf16::Bf16;
 use kv_pool::{KvPool, zeroed};
 use linear::{Halves, Linear, Put, Source};
+pub(crate) use sample::Chooser;
 use threads::Threads;
 
 /// Rows that a thread takes at least in the ops that only pass over them; a fork costs as much as some rows.
@@ -42,6 +44,7 @@ pub struct CpuBackend {
     partial: Vec<f32>,
     /// Reused by the products.
     halves: Halves,
+    chooser: Chooser,
 }
 
 /// A weight; a vector also in f32, which costs nothing and spares the ops a case distinction.
@@ -73,10 +76,10 @@ pub(crate) fn levels() -> Vec<Level> {
 }
 
 impl CpuBackend {
-    /// With so many threads, or one for every core, and the best instructions there are.
+    /// With so many threads, or one for every core, and the best instructions there are. K/V are stored in `kv`.
     ///
     /// Errors: Argument for a number of threads that makes no sense; Unsupported for bf16 on a processor without it.
-    pub fn new(threads: Option<usize>, precision: Precision) -> Result<Self> {
+    pub fn new(threads: Option<usize>, precision: Precision, kv: DType) -> Result<Self> {
         let bf16 = match precision {
             Precision::F32 => None,
             Precision::Bf16 => Some(Bf16::detect().ok_or_else(|| {
@@ -84,16 +87,16 @@ impl CpuBackend {
                     .action("leave --precision out, or give f32")
             })?),
         };
-        Self::over(Threads::new(threads, Level::new(), bf16)?)
+        Self::over(Threads::new(threads, Level::new(), bf16)?, kv)
     }
 
     /// With given instructions, to test those that this machine would not choose.
     #[cfg(test)]
-    pub(crate) fn with_level(threads: Option<usize>, level: Level) -> Result<Self> {
-        Self::over(Threads::new(threads, level, None)?)
+    pub(crate) fn with_level(threads: Option<usize>, level: Level, kv: DType) -> Result<Self> {
+        Self::over(Threads::new(threads, level, None)?, kv)
     }
 
-    fn over(threads: Threads) -> Result<Self> {
+    fn over(threads: Threads, kv: DType) -> Result<Self> {
         let s = if threads.count() == 1 { "" } else { "s" };
         let bf16 = if threads.bf16.is_some() { " and bf16" } else { "" };
         Ok(CpuBackend {
@@ -101,11 +104,12 @@ impl CpuBackend {
                 name: format!("cpu, {} thread{s}, {}{bf16}", threads.count(), instructions(threads.level)),
                 free_memory: machine::memory().1,
                 activations: DType::F32,
-                kv: DType::F32,
+                kv,
                 weights: None,
                 // The activations of 256 rows of a 135M model stay in the caches.
                 chunk: 256,
             },
+            chooser: Chooser::new(threads.level),
             threads,
             weights: Vec::new(),
             arena: zeroed(0)?,
@@ -434,6 +438,21 @@ impl Ops for CpuBackend {
             *out = dispatch!(level, simd => pointwise::log_prob(simd, row, target as usize));
         });
         self.meter.add(OpKind::LogProbs, args.cost(Work { rows: args.targets.len, ..Work::default() }));
+        Ok(())
+    }
+
+    fn sample(&mut self, args: &Sample) -> Result<()> {
+        args.check()?;
+        let [logits] = Self::arena(&mut self.arena, OpKind::Sample, [args.logits])?;
+        for (i, row) in logits.chunks_exact(args.logits.cols).enumerate() {
+            let words = args.draws.map_or([0; Draw::WORDS], |draws| {
+                std::array::from_fn(|word| of(&self.ints, draws)[i * Draw::WORDS + word])
+            });
+            // Its error is found again from the logits.
+            let token = self.chooser.choose(&Draw::from_words(words), row).unwrap_or(SAMPLE_NONE);
+            self.ints[args.tokens.offset + i] = token;
+        }
+        self.meter.add(OpKind::Sample, args.cost(Work { rows: args.logits.rows, ..Work::default() }));
         Ok(())
     }
 }

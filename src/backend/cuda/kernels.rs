@@ -1,6 +1,11 @@
 //! The argument structs of the kernels, made from cuda/kernels.h by scripts/kernels-rs.
 
+pub const TYPE_F32: u32 = 0;
+pub const TYPE_F16: u32 = 1;
+pub const TYPE_BF16: u32 = 2;
 pub const KV_PAGE: u32 = 64;
+pub const SAMPLE_GROUP: u32 = 16;
+pub const SAMPLE_CHUNK: u32 = 2048;
 pub const ROUTE_ALL: u32 = 0;
 pub const ROUTE_THRESHOLD: u32 = 1;
 pub const ROUTE_TOP_K: u32 = 2;
@@ -49,6 +54,7 @@ pub struct KvLayer {
     pub pages_per_seq: u32,
     pub kv_heads: u32,
     pub head_dim: u32,
+    pub type_: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -61,6 +67,7 @@ const _: () = {
     ["Offset of field: KvLayer::pages_per_seq"][::core::mem::offset_of!(KvLayer, pages_per_seq) - 32usize];
     ["Offset of field: KvLayer::kv_heads"][::core::mem::offset_of!(KvLayer, kv_heads) - 36usize];
     ["Offset of field: KvLayer::head_dim"][::core::mem::offset_of!(KvLayer, head_dim) - 40usize];
+    ["Offset of field: KvLayer::type_"][::core::mem::offset_of!(KvLayer, type_) - 44usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -224,6 +231,52 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
+pub struct SampleBounds {
+    pub highest: f32,
+    pub floor: f32,
+    pub drawn: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleBounds"][::core::mem::size_of::<SampleBounds>() - 12usize];
+    ["Alignment of SampleBounds"][::core::mem::align_of::<SampleBounds>() - 4usize];
+    ["Offset of field: SampleBounds::highest"][::core::mem::offset_of!(SampleBounds, highest) - 0usize];
+    ["Offset of field: SampleBounds::floor"][::core::mem::offset_of!(SampleBounds, floor) - 4usize];
+    ["Offset of field: SampleBounds::drawn"][::core::mem::offset_of!(SampleBounds, drawn) - 8usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SampleArgs {
+    pub logits: *const f32,
+    pub draws: *const u32,
+    pub best: *mut u64,
+    pub bounds: *mut SampleBounds,
+    pub keys: *mut u64,
+    pub sums: *mut u64,
+    pub counts: *mut u32,
+    pub tokens: *mut u32,
+    pub vocab: u32,
+    pub groups: u32,
+    pub chunks: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SampleArgs"][::core::mem::size_of::<SampleArgs>() - 80usize];
+    ["Alignment of SampleArgs"][::core::mem::align_of::<SampleArgs>() - 8usize];
+    ["Offset of field: SampleArgs::logits"][::core::mem::offset_of!(SampleArgs, logits) - 0usize];
+    ["Offset of field: SampleArgs::draws"][::core::mem::offset_of!(SampleArgs, draws) - 8usize];
+    ["Offset of field: SampleArgs::best"][::core::mem::offset_of!(SampleArgs, best) - 16usize];
+    ["Offset of field: SampleArgs::bounds"][::core::mem::offset_of!(SampleArgs, bounds) - 24usize];
+    ["Offset of field: SampleArgs::keys"][::core::mem::offset_of!(SampleArgs, keys) - 32usize];
+    ["Offset of field: SampleArgs::sums"][::core::mem::offset_of!(SampleArgs, sums) - 40usize];
+    ["Offset of field: SampleArgs::counts"][::core::mem::offset_of!(SampleArgs, counts) - 48usize];
+    ["Offset of field: SampleArgs::tokens"][::core::mem::offset_of!(SampleArgs, tokens) - 56usize];
+    ["Offset of field: SampleArgs::vocab"][::core::mem::offset_of!(SampleArgs, vocab) - 64usize];
+    ["Offset of field: SampleArgs::groups"][::core::mem::offset_of!(SampleArgs, groups) - 68usize];
+    ["Offset of field: SampleArgs::chunks"][::core::mem::offset_of!(SampleArgs, chunks) - 72usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
 pub struct PutIntsArgs {
     pub runs: *const u32,
     pub starts: *const u32,
@@ -338,6 +391,7 @@ pub struct AttendArgs {
     pub end: *const u32,
     pub kv: KvLayer,
     pub heads: u32,
+    pub type_: u32,
     pub scale: f32,
     pub blocks: u32,
     pub partial: *mut f32,
@@ -356,8 +410,9 @@ const _: () = {
     ["Offset of field: AttendArgs::end"][::core::mem::offset_of!(AttendArgs, end) - 56usize];
     ["Offset of field: AttendArgs::kv"][::core::mem::offset_of!(AttendArgs, kv) - 64usize];
     ["Offset of field: AttendArgs::heads"][::core::mem::offset_of!(AttendArgs, heads) - 112usize];
-    ["Offset of field: AttendArgs::scale"][::core::mem::offset_of!(AttendArgs, scale) - 116usize];
-    ["Offset of field: AttendArgs::blocks"][::core::mem::offset_of!(AttendArgs, blocks) - 120usize];
+    ["Offset of field: AttendArgs::type_"][::core::mem::offset_of!(AttendArgs, type_) - 116usize];
+    ["Offset of field: AttendArgs::scale"][::core::mem::offset_of!(AttendArgs, scale) - 120usize];
+    ["Offset of field: AttendArgs::blocks"][::core::mem::offset_of!(AttendArgs, blocks) - 124usize];
     ["Offset of field: AttendArgs::partial"][::core::mem::offset_of!(AttendArgs, partial) - 128usize];
     ["Offset of field: AttendArgs::tickets"][::core::mem::offset_of!(AttendArgs, tickets) - 136usize];
     ["Offset of field: AttendArgs::work"][::core::mem::offset_of!(AttendArgs, work) - 144usize];
@@ -389,16 +444,18 @@ pub struct SkinnyArgs {
     pub base: u32,
     pub rows: [RowSet; 2usize],
     pub of: [Product; 3usize],
+    pub best: *mut u64,
     pub work: *mut WorkCount,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of SkinnyArgs"][::core::mem::size_of::<SkinnyArgs>() - 168usize];
+    ["Size of SkinnyArgs"][::core::mem::size_of::<SkinnyArgs>() - 176usize];
     ["Alignment of SkinnyArgs"][::core::mem::align_of::<SkinnyArgs>() - 8usize];
     ["Offset of field: SkinnyArgs::src"][::core::mem::offset_of!(SkinnyArgs, src) - 0usize];
     ["Offset of field: SkinnyArgs::k"][::core::mem::offset_of!(SkinnyArgs, k) - 8usize];
     ["Offset of field: SkinnyArgs::base"][::core::mem::offset_of!(SkinnyArgs, base) - 12usize];
     ["Offset of field: SkinnyArgs::rows"][::core::mem::offset_of!(SkinnyArgs, rows) - 16usize];
     ["Offset of field: SkinnyArgs::of"][::core::mem::offset_of!(SkinnyArgs, of) - 64usize];
-    ["Offset of field: SkinnyArgs::work"][::core::mem::offset_of!(SkinnyArgs, work) - 160usize];
+    ["Offset of field: SkinnyArgs::best"][::core::mem::offset_of!(SkinnyArgs, best) - 160usize];
+    ["Offset of field: SkinnyArgs::work"][::core::mem::offset_of!(SkinnyArgs, work) - 168usize];
 };

@@ -78,6 +78,8 @@ pub struct CudaBackend {
     /// Steps that were met, the latest at the end: None after the first time, as many are met only once.
     steps: Vec<(StepKey, Option<Recorded>)>,
     recording: bool,
+    /// The logits whose best by groups stand in the workspace.
+    best_of: Option<Mat>,
 }
 
 /// A recorded step, and what the host knows of its work.
@@ -119,10 +121,19 @@ fn books(kv: &KvLayout) -> usize {
 }
 
 impl CudaBackend {
-    /// On a device, with activations and K/V in `dtype`, which should be that of the model's matrices: others are
-    /// converted when they are uploaded.
-    pub fn new(mut device: Box<dyn Device>, dtype: DType) -> Result<Self> {
-        let functions = Functions::find(device.as_mut(), dtype)?;
+    /// On a device, with activations in `dtype`, which should be that of the model's matrices: others are converted when
+    /// they are uploaded. K/V are stored in `kv`.
+    ///
+    /// Errors: Device when a kernel is missing; Unsupported for K/V that are wider than the activations.
+    pub fn new(mut device: Box<dyn Device>, dtype: DType, kv: DType) -> Result<Self> {
+        if kv.size() > dtype.size() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                format!("K/V in {kv} of activations in {dtype} are nowhere better"),
+            )
+            .action(format!("give --kv-dtype {dtype}, or --dtype {kv}")));
+        }
+        let functions = Functions::find(device.as_mut(), dtype, kv)?;
         let accounts = Accounts::new(device.as_mut())?;
         let staged = device.allocate(4 * STAGED)?;
         let described = device.description();
@@ -131,7 +142,7 @@ impl CudaBackend {
             name: format!("{} (compute capability {major}.{minor}), {dtype}", described.name),
             free_memory: Some(described.free_memory.saturating_sub(KEPT_FREE.max(described.free_memory / 50))),
             activations: dtype,
-            kv: dtype,
+            kv,
             weights: Some(dtype),
             // Products of 4096 rows are long enough for cuBLASLt's best rate (expected).
             chunk: 4096,
@@ -154,6 +165,7 @@ impl CudaBackend {
             staged,
             steps: Vec::new(),
             recording: false,
+            best_of: None,
         })
     }
 
@@ -290,6 +302,7 @@ impl Backend for CudaBackend {
 
     fn write_floats(&mut self, to: Mat, values: &[f32]) -> Result<()> {
         let at = self.place(to)?;
+        self.best_of = None;
         ensure!(4 * values.len() <= to.bytes(), Shape, "{} numbers do not fit {to:?}", values.len());
         self.device.copy_in(at, bytemuck::cast_slice(values))
     }

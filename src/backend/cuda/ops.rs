@@ -8,7 +8,7 @@ use super::kernels::*;
 use super::*;
 use crate::backend as ops;
 
-/// The kernels, found once. All of them are for one type of activations and K/V.
+/// The kernels, found once: for one type of activations, and one of K/V.
 pub struct Functions {
     embed: Function,
     rope_angles: Function,
@@ -19,6 +19,10 @@ pub struct Functions {
     bias: Function,
     bias_f32: Function,
     logprobs: Function,
+    sample_groups: Function,
+    sample_select: Function,
+    sample_weigh: Function,
+    sample_draw: Function,
     put_ints: Function,
     route: Function,
     rope_append: Function,
@@ -45,7 +49,7 @@ const DECODE_PAGES: usize = 4;
 
 impl Functions {
     /// Errors: Device when one is missing.
-    pub fn find(device: &mut dyn Device, dtype: DType) -> Result<Self> {
+    pub fn find(device: &mut dyn Device, dtype: DType, kv: DType) -> Result<Self> {
         let mut find = |name: &str| device.function(name);
         macro_rules! of_type {
             ($name:literal) => {
@@ -63,8 +67,8 @@ impl Functions {
         let mut set = [Function(0); 6];
         let mut heads = |name: &str, find: &mut dyn FnMut(&str) -> Result<Function>| -> Result<[Function; 6]> {
             for (function, head_dim) in set.iter_mut().zip(HEADS) {
-                let padded = if dtype == DType::F32 { String::new() } else { format!("_{head_dim}") };
-                *function = find(&format!("{name}_{dtype}{padded}"))?;
+                let padded = if kv == DType::F32 { String::new() } else { format!("_{head_dim}") };
+                *function = find(&format!("{name}_{kv}{padded}"))?;
             }
             Ok(set)
         };
@@ -78,6 +82,10 @@ impl Functions {
             bias: of_type!("bias"),
             bias_f32: find("bias_f32")?,
             logprobs: find("logprobs")?,
+            sample_groups: find("sample_groups")?,
+            sample_select: find("sample_select")?,
+            sample_weigh: find("sample_weigh")?,
+            sample_draw: find("sample_draw")?,
             put_ints: find("put_ints")?,
             route: find("route")?,
             rope_append: of_type!("rope_append"),
@@ -88,6 +96,14 @@ impl Functions {
             prefill: heads("attend_prefill", &mut find)?,
             decode: heads("attend_decode", &mut find)?,
         })
+    }
+}
+
+fn type_of(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => TYPE_F32,
+        DType::F16 => TYPE_F16,
+        DType::BF16 => TYPE_BF16,
     }
 }
 
@@ -165,6 +181,7 @@ impl CudaBackend {
             pages_per_seq: layout.pages_per_seq as u32,
             kv_heads: layout.kv_heads as u32,
             head_dim: layout.head_dim as u32,
+            type_: type_of(layout.dtype),
         }
     }
 
@@ -193,6 +210,9 @@ impl CudaBackend {
     }
 
     fn launch<A>(&mut self, op: OpKind, function: Function, launch: Launch, args: &A) -> Result<()> {
+        if !matches!(op, OpKind::Logits | OpKind::Sample) {
+            self.best_of = None;
+        }
         if launch.grid.contains(&0) {
             return Ok(());
         }
@@ -298,7 +318,8 @@ impl CudaBackend {
         let up = l.chunk * l.intermediate * size;
         let route = (l.rows + 1) * 4;
         let partial = self.units(kv.slots, kv.kv_heads, kv.pages_per_seq) * l.heads * (kv.head_dim + 2) * 4;
-        [gathered, scattered, up, route, partial].into_iter().max().unwrap_or(0)
+        let sample = Sampling::of(kv.slots, l.vocab).bytes;
+        [gathered, scattered, up, route, partial, sample].into_iter().max().unwrap_or(0)
     }
 }
 
@@ -414,7 +435,15 @@ impl Ops for CudaBackend {
                     set: u32::from(i > 0),
                 };
             }
-            let args = SkinnyArgs { src: h, k: a.h.cols as u32, base: a.base as u32, rows, of, work };
+            let args = SkinnyArgs {
+                src: h,
+                k: a.h.cols as u32,
+                base: a.base as u32,
+                rows,
+                of,
+                best: std::ptr::null_mut(),
+                work,
+            };
             let bound = a.q_rows.bound.max(a.kv_rows.bound);
             let columns = a.weights.map(|w| w.rows);
             let (function, launch) = self.skinny(self.functions.store, bound, &columns, false);
@@ -488,7 +517,7 @@ impl Ops for CudaBackend {
         // Rows are known to have no work only when there are none.
         let work = self.account(Op::Attend(*a), (bound == 0).then(Work::default))?;
         let padded = HEADS.iter().position(|&padded| d <= padded).expect("256 at most");
-        let f32s = self.info.activations == DType::F32;
+        let f32s = self.info.kv == DType::F32;
         // One row shares its K/V with nobody either.
         let decode = a.single || bound == 1;
         let units = if decode { self.units(bound, a.kv_heads, pages_per_seq) } else { 0 };
@@ -508,6 +537,7 @@ impl Ops for CudaBackend {
             end,
             kv: self.layer(a.layer),
             heads: heads as u32,
+            type_: type_of(self.info.activations),
             scale: a.scale,
             blocks: self.decode_blocks() as u32,
             partial: partial.0 as *mut f32,
@@ -598,8 +628,13 @@ impl Ops for CudaBackend {
             let set = RowSet { index: null(), count: null(), bound: rows as u32 };
             let of = Product { weight, bias: null(), out, n: n as u32, set: 0 };
             let (function, launch) = self.skinny(self.functions.logits, rows, &[n], false);
-            return self.launch(OP, function, launch, &one_product(h, a.h.cols, set, of, std::ptr::null_mut()));
+            let best = self.scratch(Sampling::of(rows, n).bytes)?.0 as *mut u64;
+            let args = SkinnyArgs { best, ..one_product(h, a.h.cols, set, of, std::ptr::null_mut()) };
+            self.launch(OP, function, launch, &args)?;
+            self.best_of = Some(a.out).filter(|_| self.info.activations != DType::F32);
+            return Ok(());
         }
+        self.best_of = None;
         let gemm = self.product(a.weight, Address(h as u64), rows, Address(out as u64), DType::F32);
         self.gemm(OP, &gemm)
     }
@@ -613,6 +648,65 @@ impl Ops for CudaBackend {
             LogProbsArgs { logits: logits.cast(), targets, out: out.cast(), rows: rows as u32, vocab: vocab as u32 };
         self.account(Op::LogProbs(*a), Some(Work { rows, ..Work::default() }))?;
         self.launch(OP, self.functions.logprobs, a_row_a_block(rows, vocab), &args)
+    }
+
+    fn sample(&mut self, a: &Sample) -> Result<()> {
+        const OP: OpKind = OpKind::Sample;
+        a.check()?;
+        let none = Ints { offset: 0, len: 0 };
+        let ([logits], [draws, tokens]) =
+            (self.mats(OP, [a.logits])?, self.int(OP, [a.draws.unwrap_or(none), a.tokens])?);
+        let Mat { rows, cols: vocab, .. } = a.logits;
+        self.account(Op::Sample(*a), Some(Work { rows, ..Work::default() }))?;
+        let room = Sampling::of(rows, vocab);
+        let known = self.best_of == Some(a.logits);
+        let scratch = self.scratch(room.bytes)?;
+        let args = SampleArgs {
+            logits: logits.cast(),
+            draws: if a.draws.is_some() { draws } else { null() },
+            best: scratch.0 as *mut u64,
+            bounds: scratch.plus(room.bounds).0 as *mut SampleBounds,
+            keys: scratch.plus(room.keys).0 as *mut u64,
+            sums: scratch.plus(room.sums).0 as *mut u64,
+            counts: scratch.plus(room.counts).0 as *mut u32,
+            tokens,
+            vocab: vocab as u32,
+            groups: room.groups as u32,
+            chunks: room.chunks as u32,
+        };
+        let over =
+            |blocks: usize, rows: usize, threads| Launch { grid: [blocks as u32, rows as u32, 1], threads, shared: 0 };
+        if !known {
+            self.launch(OP, self.functions.sample_groups, over(room.groups.div_ceil(256), rows, 256), &args)?;
+        }
+        self.launch(OP, self.functions.sample_select, over(rows, 1, 1024), &args)?;
+        if a.draws.is_none() {
+            return Ok(());
+        }
+        self.launch(OP, self.functions.sample_weigh, over(room.chunks, rows, 256), &args)?;
+        self.launch(OP, self.functions.sample_draw, over(rows, 1, 1024), &args)
+    }
+}
+
+/// Where the parts of [`SampleArgs`] stand in the workspace, in bytes.
+struct Sampling {
+    groups: usize,
+    chunks: usize,
+    keys: usize,
+    sums: usize,
+    counts: usize,
+    bounds: usize,
+    bytes: usize,
+}
+
+impl Sampling {
+    fn of(rows: usize, vocab: usize) -> Self {
+        let (groups, chunks) = (vocab.div_ceil(SAMPLE_GROUP as usize), vocab.div_ceil(SAMPLE_CHUNK as usize));
+        let keys = rows * groups * size_of::<u64>();
+        let sums = keys + rows * chunks * SAMPLE_CHUNK as usize * size_of::<u64>();
+        let counts = sums + rows * chunks * size_of::<u64>();
+        let bounds = counts + rows * chunks * size_of::<u32>();
+        Sampling { groups, chunks, keys, sums, counts, bounds, bytes: bounds + rows * size_of::<SampleBounds>() }
     }
 }
 
@@ -635,5 +729,5 @@ impl CudaBackend {
 
 fn one_product(src: *const c_void, k: usize, rows: RowSet, of: Product, work: *mut WorkCount) -> SkinnyArgs {
     let none = RowSet { index: null(), count: null(), bound: 0 };
-    SkinnyArgs { src, k: k as u32, base: 0, rows: [rows, none], of: [of; 3], work }
+    SkinnyArgs { src, k: k as u32, base: 0, rows: [rows, none], of: [of; 3], best: std::ptr::null_mut(), work }
 }

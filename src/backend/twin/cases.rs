@@ -19,6 +19,7 @@ pub fn cases(kind: OpKind, types: Types) -> Vec<Case> {
         OpKind::SwiGlu => linear_variants(types).map(|v| swiglu(types, v)).collect(),
         OpKind::Logits => linear_variants(types).map(|v| logits(types, v)).collect(),
         OpKind::LogProbs => logprobs(types),
+        OpKind::Sample => sample(types).chain(sample_of_product(types)).collect(),
     }
 }
 
@@ -321,4 +322,99 @@ fn logprobs(types: Types) -> Vec<Case> {
         }
     }
     cases
+}
+
+/// Ways to draw; the random bits are added.
+fn draws() -> Vec<Option<Draw>> {
+    let plain = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
+    let drawn = [
+        plain,
+        Draw { temperature: 0.0, top_k: 3, ..plain },
+        Draw { temperature: 0.3, top_k: 1, ..plain },
+        Draw { top_k: 7, ..plain },
+        Draw { temperature: 2.0, top_k: 40, top_p: 0.9, ..plain },
+        Draw { top_k: 3000, top_p: 0.97, min_p: 0.01, ..plain },
+        Draw { temperature: 0.7, top_p: 0.5, ..plain },
+        Draw { temperature: 5.0, top_p: 0.999, ..plain },
+        Draw { top_p: 0.0, ..plain },
+        Draw { top_k: u32::MAX, min_p: 0.1, ..plain },
+        Draw { min_p: 1.0, ..plain },
+        Draw { temperature: 1e-40, ..plain },
+    ];
+    std::iter::once(None).chain(drawn.map(Some)).collect()
+}
+
+/// Of a few rows: all drawn in one way, or each in another, or none.
+fn sample_draws(s: &mut Setup, rows: usize, draw: Option<Draw>, mixed: bool) -> Option<Ints> {
+    let all: Vec<Draw> = draws().into_iter().flatten().collect();
+    let words: Vec<u32> = (0..rows)
+        .flat_map(|row| {
+            // Both ends and what lies between.
+            let bits = (f64::from(noise("draw", rows, row)) * 2f64.powi(63)) as i64 as u64;
+            let random = [0, u64::MAX, bits, bits ^ (bits << 7)][row % 4];
+            Draw { random, ..if mixed { all[row % all.len()] } else { draw.unwrap_or(all[0]) } }.words()
+        })
+        .collect();
+    draw.map(|_| s.ints(&words))
+}
+
+fn sample(types: Types) -> impl Iterator<Item = Case> {
+    const INF: f32 = f32::INFINITY;
+    let patterns: [(&str, Pattern); 8] = [
+        ("plain", |_, _, x| 1.0 + 6.0 * x),
+        ("wide", |_, _, x| 60.0 * x),
+        ("ties", |_, _, x| (5.0 * x).round()),
+        ("equal", |row, _, _| if row % 2 == 0 { 0.0 } else { -3.25 }),
+        ("both zeros", |_, col, x| {
+            if x > 0.4 {
+                -1.0
+            } else if col % 2 == 0 {
+                0.0
+            } else {
+                -0.0
+            }
+        }),
+        ("masked", |row, col, x| if (row + col) % 3 == 1 { -INF } else { 8.0 * x }),
+        ("one left", |row, col, _| if col == row { 2.0 } else { -INF }),
+        ("special", |row, col, x| match (row % 4, col == row % 3) {
+            (1, true) => f32::NAN,
+            (2, true) => INF,
+            (3, _) => -INF,
+            _ => x,
+        }),
+    ];
+    let vocabularies = [1, 2, 15, 16, 17, 500, 2047, 2049, 4099];
+    draws().into_iter().enumerate().flat_map(move |(i, draw)| {
+        patterns.into_iter().enumerate().map(move |(j, (name, value))| {
+            let (vocab, rows) = (vocabularies[(4 * i + j) % 9], [1, 5, 2, 0, 4, 13][(i + j) % 6]);
+            let mut s = Setup::new(types);
+            let logits = s.mat(rows + 1, vocab, DType::F32).rows(0..rows);
+            for row in 0..rows {
+                s.fill_row(logits, row, |col| value(row, col, noise("sampled", row, col)));
+            }
+            let draws = sample_draws(&mut s, rows, draw, j % 3 == 2);
+            let tokens = s.room(rows + 2);
+            let op = Op::Sample(Sample { logits, draws, tokens });
+            s.case(format!("{rows} of {vocab}, {name}, {draw:?}"), op)
+        })
+    })
+}
+
+/// Behind the product that makes the logits, of whole numbers, so that they are the same everywhere.
+fn sample_of_product(types: Types) -> impl Iterator<Item = Case> {
+    let sizes = [(1, 17), (1, 2049), (7, 100), (9, 16), (33, 500), (64, 31), (65, 90)];
+    sizes.into_iter().zip(draws()).map(move |((rows, vocab), draw)| {
+        let mut s = Setup::new(types);
+        let k = types.width(32);
+        let h = s.activations(rows, k);
+        let whole = |tag, row, col| (2.0 * noise(tag, row, col)).round();
+        (0..rows).for_each(|row| s.fill_row(h, row, |col| whole("whole activation", row, col)));
+        let weight = s.tensor(vocab, k, types.weights[0], |row, col| whole("whole weight", row, col));
+        let out = s.mat(rows, vocab, DType::F32);
+        s.before.push(Op::Logits(Logits { h, weight, out }));
+        let draws = sample_draws(&mut s, rows, draw, true);
+        let tokens = s.room(rows);
+        let op = Op::Sample(Sample { logits: out, draws, tokens });
+        s.case(format!("{rows} of {vocab} behind the product, {draw:?}"), op)
+    })
 }

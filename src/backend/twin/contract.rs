@@ -118,6 +118,10 @@ fn right(kind: OpKind) -> Op {
         }),
         OpKind::Logits => Op::Logits(Logits { h: mat(rows, hidden), weight: weight(9, hidden), out: mat(rows, 9) }),
         OpKind::LogProbs => Op::LogProbs(LogProbs { logits: mat(rows, 9), targets: ints(rows), out: mat(rows, 1) }),
+        OpKind::Sample => {
+            let draws = Some(ints(rows * Draw::WORDS));
+            Op::Sample(Sample { logits: mat(rows, 9), draws, tokens: ints(rows) })
+        }
     }
 }
 
@@ -134,6 +138,7 @@ fn check(op: &Op) -> Result<()> {
         Op::SwiGlu(a) => a.check(),
         Op::Logits(a) => a.check(),
         Op::LogProbs(a) => a.check(),
+        Op::Sample(a) => a.check(),
     }
 }
 
@@ -150,6 +155,7 @@ fn cost(op: &Op, work: Work) -> Cost {
         Op::SwiGlu(a) => a.cost(work),
         Op::Logits(a) => a.cost(work),
         Op::LogProbs(a) => a.cost(work),
+        Op::Sample(a) => a.cost(work),
     }
 }
 
@@ -263,6 +269,11 @@ fn wrong_arguments_are_refused() {
         LogProbs { logits = half(mat(5, 9)) },
         LogProbs { out = mat(4, 1) },
         LogProbs { out = mat(5, 2) },
+        Sample { logits = half(mat(5, 9)) },
+        Sample { logits = mat(5, 0) },
+        Sample { logits = mat(5, (1 << 24) + 1) },
+        Sample { draws = Some(ints(5 * Draw::WORDS - 1)) },
+        Sample { tokens = ints(4) },
     }
 }
 

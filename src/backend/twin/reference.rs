@@ -170,6 +170,45 @@ fn largest(values: &[f64]) -> f64 {
     values.iter().copied().fold(f64::NEG_INFINITY, f64::max)
 }
 
+/// The token of [`Sample`], from tokens in order of preference, with weights in units of 2^-39 of the best.
+fn choice(draw: &Draw, logits: &[f64]) -> u32 {
+    let one = 2f64.powi(39);
+    let top = largest(logits);
+    if !top.is_finite() || logits.iter().any(|x| x.is_nan()) {
+        return SAMPLE_NONE;
+    }
+    if draw.is_greedy() {
+        return logits.iter().position(|x| *x == top).expect("the largest") as u32;
+    }
+    let mut sorted = logits.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let kth = *draw.top_k.checked_sub(1).and_then(|i| sorted.get(i as usize)).unwrap_or(&f64::NEG_INFINITY);
+    let weight = |x: f64| ((x - top) / f64::from(draw.temperature)).exp() * one;
+    let mut tokens: Vec<(u64, u32)> =
+        logits.iter().zip(0..).filter(|(x, _)| **x >= kth).map(|(&x, id)| (weight(x).round() as u64, id)).collect();
+    tokens.sort_by_key(|&(weight, id)| (std::cmp::Reverse(weight), id));
+    if draw.top_p < 1.0 {
+        let total: u64 = tokens.iter().map(|(weight, _)| weight).sum();
+        let wanted = ((f64::from(draw.top_p) * total as f64).ceil() as u64).max(1);
+        let mut before = 0;
+        tokens.retain(|(weight, _)| {
+            before += weight;
+            before - weight < wanted
+        });
+    }
+    tokens.retain(|(weight, _)| *weight as f64 >= f64::from(draw.min_p) * one);
+    tokens.sort_by_key(|&(_, id)| id);
+    let total: u64 = tokens.iter().map(|(weight, _)| weight).sum();
+    let mut left = ((u128::from(draw.random) * u128::from(total)) >> 64) as u64;
+    for (weight, id) in tokens {
+        if left < weight {
+            return id;
+        }
+        left -= weight;
+    }
+    unreachable!("less than the sum of the weights")
+}
+
 impl Backend for Reference {
     fn info(&self) -> &DeviceInfo {
         &self.info
@@ -482,6 +521,17 @@ impl Ops for Reference {
             self.put(OpKind::LogProbs, a.out, i, 0, target - top - sum.ln());
         }
         self.meter.add(OpKind::LogProbs, a.cost(Work { rows: a.targets.len, ..Work::default() }));
+        Ok(())
+    }
+
+    fn sample(&mut self, a: &Sample) -> Result<()> {
+        a.check()?;
+        for i in 0..a.logits.rows {
+            let words = |draws| std::array::from_fn(|word| self.int(draws, i * Draw::WORDS + word));
+            let draw = Draw::from_words(a.draws.map_or([0; Draw::WORDS], words));
+            self.put_int(OpKind::Sample, a.tokens, i, choice(&draw, &self.row(a.logits, i)));
+        }
+        self.meter.add(OpKind::Sample, a.cost(Work { rows: a.logits.rows, ..Work::default() }));
         Ok(())
     }
 }

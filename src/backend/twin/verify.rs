@@ -48,7 +48,7 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
             let mut verdict = Verdict { op, dtype, cases: expected.len(), failures: Vec::new(), worst: Vec::new() };
             let mut worst = Worsts::default();
             for (case, expected) in &expected {
-                let mut backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype)?;
+                let mut backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype, types.kv)?;
                 let result = perform(&mut backend, case).map_err(|e| e.to_string());
                 let result = result.and_then(|outcome| expected.compare(case, &outcome, &mut worst));
                 if let Err(text) = result {
