@@ -2,7 +2,6 @@
 //! libraries stand fakes (driver/fake.c) that fail where they are told to; as a process loads such a library once, each
 //! case is a process of its own.
 
-use std::ffi::OsStr;
 use std::path::Path;
 use std::process::Command;
 
@@ -56,7 +55,7 @@ fn told(driver: Option<&[&str]>, blas: bool, fake: &str) -> String {
     let run = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "in_a_process_of_its_own", "--nocapture"])
         .env("LD_LIBRARY_PATH", folder.path())
-        .env("FAKE", OsStr::new(fake))
+        .env("FAKE", fake)
         .output()
         .unwrap();
     let (out, err) = (String::from_utf8_lossy(&run.stdout), String::from_utf8_lossy(&run.stderr));
