@@ -253,7 +253,7 @@ fn finds_threads_that_part() {
 }
 
 #[test]
-#[cfg(not(feature = "races"))] // ThreadSanitizer keeps what is needed to go on behind a signal
+#[cfg(not(feature = "races"))] // ThreadSanitizer crashes when a signal handler is left for another stack
 fn finds_what_is_out_of_bounds() {
     fails("emu_dynamic_overrun", 64, 128, 0, &["dynamic shared memory"]);
     fails("emu_static_index", 9, 0, 0, &["no element 8", "faults.cu:"]);
