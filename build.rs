@@ -236,6 +236,8 @@ mod emulate {
             }
         }
 
+        // See cuda/emulator/races.h.
+        let races = cfg!(feature = "races");
         let mut build = cc::Build::new();
         build.cpp(true).std("c++20").opt_level(2).debug(true).warnings(false);
         let tool = build.get_compiler();
@@ -245,6 +247,11 @@ mod emulate {
             if kernel {
                 command.arg("-fsanitize=alignment,bounds,shift,integer-divide-by-zero");
             }
+            match (races, kernel) {
+                (true, true) => _ = command.arg("-fsanitize=thread"),
+                (true, false) => _ = command.arg("-DEMU_RACES"),
+                (false, _) => {}
+            }
             command
         };
         let mut jobs: Vec<_> =
@@ -253,6 +260,9 @@ mod emulate {
         let objects = compile(&out.join("objects"), "o", jobs, "");
         // All of it, because nothing but its own registration refers to a kernel.
         cc::Build::new().cpp(true).objects(objects).link_lib_modifier("+whole-archive").compile("mindskip_emulator");
+        if races {
+            println!("cargo:rustc-link-lib=tsan");
+        }
     }
 
     /// The file's text with its __shared__ declarations turned into such as ask the emulator for memory:

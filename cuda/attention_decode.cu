@@ -1,13 +1,15 @@
 // Flash attention of few query rows, each with K/V of its own: what counts is the bandwidth of memory.
 //
 // A block takes a share of the K/V rows of a query row and K/V head, for all query heads of that head at once; its
-// warps take turns, 16 K/V rows at a time (f32: 4). How many of the `splits` blocks have work follows from the row's
-// range: a block of its own is worth DECODE_PAGES pages or more. Warps merge in shared memory, blocks in args.partial
-// by the last one to end, always in the same order: the same input gives the same bits.
+// warps take turns, 16 K/V rows at a time (f32: 4). The grid is fixed, as it is recorded, but who shares what follows
+// from what stands on the device: the pages that all rows see are dealt out to args.blocks blocks, DECODE_PAGES or more
+// to each. So a short row is one block's, which merges with nobody, and a long one is many blocks', also among short
+// ones. Warps merge in shared memory, blocks in args.partial by the last one to end, always in the same order: the same
+// input gives the same bits.
 //
-// Launch: grid (bound, kv_heads, splits), 128 threads, dynamic shared memory decode_shared(head_dim, heads / kv_heads).
-// HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim. With splits == 1 args.partial and
-// args.tickets are not touched.
+// Launch: grid (units, kv_heads), 128 threads, dynamic shared memory decode_shared(head_dim, heads / kv_heads). units is
+// bound + ceil(blocks / kv_heads), or less where even the longest rows come to less. HD is the least of 32, 64, 80, 96,
+// 128, 256 that is not below head_dim.
 //
 // K/V go from memory straight into the registers of the tensor cores, past the L1 cache and shared memory. 16 bytes a
 // lane are 8 numbers along head_dim where mma means 2, but a sum over head_dim does not mind in which order it is
@@ -19,25 +21,60 @@
 
 namespace {
 
+__device__ inline uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+// The pages of K/V that a row sees.
+__device__ inline uint32_t pages_of(const AttendArgs& args, uint32_t row) {
+    const uint32_t from = args.first[row], to = args.end[row];
+    return from < to ? (to - 1) / KV_PAGE + 1 - from / KV_PAGE : 0;
+}
+
 // The part of a block.
 struct Part {
-    uint32_t row, kv_head, split, useful; // useful: blocks that share the row and K/V head
-    uint32_t group, slot, from, to;       // K/V rows [from, to)
+    uint32_t row, kv_head;
+    uint32_t first, sharing;        // blocks [first, first + sharing) along x share the row
+    uint32_t group, slot, from, to; // K/V rows [from, to)
 
+    // Rows have their blocks one behind the other, as many as their pages ask for. Every warp finds the block's row by
+    // itself, 32 rows at a time: there are seldom more.
     __device__ bool take(const AttendArgs& args) {
-        row = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
-        const uint32_t n = count_of(args.rows);
-        if (row >= n) return false;
-        if (kv_head == 0 && split == 0 && threadIdx.x < WARP) note_attention(args, row, row + 1, n);
+        const uint32_t n = count_of(args.rows), lane = threadIdx.x % WARP;
+        uint32_t pages = 0;
+        for (uint32_t i = lane; i < n; i += WARP) pages += pages_of(args, i);
+        const uint32_t each = max(DECODE_PAGES, ceil_div(warp_sum(pages) * args.kv.kv_heads, args.blocks));
+        first = 0;
+        for (uint32_t row0 = 0; row0 < n; row0 += WARP) {
+            const uint32_t i = row0 + lane, wanted = i < n ? ceil_div(pages_of(args, i), each) : 0;
+            sharing = i < n ? min(max(wanted, 1u), DECODE_SPLITS) : 0;
+            uint32_t end = first + sharing;
+#pragma unroll
+            for (int lanes = 1; lanes < WARP; lanes *= 2) {
+                const uint32_t before = __shfl_up_sync(FULL, end - first, lanes);
+                if (lane >= lanes) end += before;
+            }
+            const uint32_t beyond = __ballot_sync(FULL, blockIdx.x < end);
+            if (beyond) {
+                const int found = __ffs(beyond) - 1;
+                sharing = __shfl_sync(FULL, sharing, found);
+                first = __shfl_sync(FULL, end, found) - sharing;
+                cut(args, row0 + found, n);
+                return true;
+            }
+            first = __shfl_sync(FULL, end, WARP - 1);
+        }
+        return false;
+    }
+
+    // The block's piece of a row of n: as many pages as the others', but for the last one's.
+    __device__ void cut(const AttendArgs& args, uint32_t of, uint32_t n) {
+        row = of, kv_head = blockIdx.y;
+        if (kv_head == 0 && blockIdx.x == first && threadIdx.x < WARP) note_attention(args, row, row + 1, n);
         group = args.heads / args.kv.kv_heads;
         slot = slot_of(args, row);
-        from = args.first[row], to = args.end[row];
-        const uint32_t page = from / KV_PAGE, pages = from < to ? (to - 1) / KV_PAGE + 1 - page : 0;
-        const uint32_t each = max(DECODE_PAGES, (pages + args.splits - 1) / args.splits);
-        useful = max(1u, (pages + each - 1) / each);
-        from = max(from, (page + split * each) * KV_PAGE);
-        to = min(to, (page + (split + 1) * each) * KV_PAGE);
-        return split < useful;
+        const uint32_t piece = ceil_div(pages_of(args, row), sharing) * KV_PAGE, start = args.first[row];
+        const uint32_t begin = start / KV_PAGE * KV_PAGE + (blockIdx.x - first) * piece;
+        from = max(start, begin);
+        to = min(args.end[row], begin + piece);
     }
 };
 
@@ -72,9 +109,9 @@ struct Found {
     __device__ float* state_of(uint32_t warp, uint32_t head) const { return state + (warp * heads + head) * 2; }
 };
 
-// Where a block leaves what it found for a query head: head_dim sums, maximum, denominator.
-__device__ inline float* partial_of(const AttendArgs& args, const Part& part, uint32_t head, uint32_t split) {
-    const size_t at = (size_t(part.row) * args.heads + part.kv_head * part.group + head) * args.splits + split;
+// Where a block, by its place along x, leaves what it found for a query head: head_dim sums, maximum, denominator.
+__device__ inline float* partial_of(const AttendArgs& args, const Part& part, uint32_t head, uint32_t block) {
+    const size_t at = size_t(block) * args.heads + part.kv_head * part.group + head;
     return args.partial + at * (args.kv.head_dim + 2);
 }
 
@@ -92,10 +129,10 @@ __device__ void merge_warps(const AttendArgs& args, const Part& part, const Foun
             const float* of = found.state_of(warp, head);
             return State{found.sums_of(warp, head)[column], of[0], of[1]};
         });
-        if (part.useful == 1) {
+        if (part.sharing == 1) {
             put(args, part, head0 + head, column, state.sum / state.total);
         } else {
-            float* to = partial_of(args, part, head0 + head, part.split);
+            float* to = partial_of(args, part, head0 + head, blockIdx.x);
             to[column] = state.sum;
             if (column == 0) to[found.head_dim] = state.top, to[found.head_dim + 1] = state.total;
         }
@@ -105,19 +142,18 @@ __device__ void merge_warps(const AttendArgs& args, const Part& part, const Foun
 
 // The last block of the row and K/V head to come here merges what all of them left.
 __device__ void merge_blocks(const AttendArgs& args, const Part& part, float scale2) {
-    if (part.useful == 1) return;
+    if (part.sharing == 1) return;
     uint32_t* const ticket = args.tickets + part.row * args.kv.kv_heads + part.kv_head;
     __threadfence(); // this block's partials come before its ticket
     __syncthreads();
-    const bool last = threadIdx.x == 0 && atomicAdd(ticket, 1u) == part.useful - 1;
+    const bool last = threadIdx.x == 0 && atomicInc(ticket, part.sharing - 1) == part.sharing - 1; // and is 0 again
     if (!__syncthreads_or(last)) return;
-    if (threadIdx.x == 0) *ticket = 0;
     __threadfence(); // the others' partials come behind theirs, and not from a stale L1 line
     const uint32_t head_dim = args.kv.head_dim;
     for (uint32_t i = threadIdx.x; i < part.group * head_dim; i += ATTEND_THREADS) {
         const uint32_t head = i / head_dim, column = i % head_dim;
-        const State state = State::merge(part.useful, scale2, [&](uint32_t split) {
-            const float* of = partial_of(args, part, head, split);
+        const State state = State::merge(part.sharing, scale2, [&](uint32_t i) {
+            const float* of = partial_of(args, part, head, part.first + i);
             return State{of[column], of[head_dim], of[head_dim + 1]};
         });
         put(args, part, head, column, state.sum / state.total);
@@ -419,4 +455,4 @@ DECODE(80)
 DECODE(96)
 DECODE(128)
 DECODE(256)
-KERNEL(attend_decode_f32, AttendArgs, ATTEND_THREADS) { decode_f32(args); }
+KERNEL(attend_decode_f32, AttendArgs, ATTEND_THREADS, 2) { decode_f32(args); }

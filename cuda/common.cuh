@@ -7,10 +7,11 @@
 #include "kernels.h"
 #include "mma.cuh"
 
-// KERNEL(name, Args, threads) { body } is a kernel of blocks of at most `threads` that finds its arguments in `args`.
+// KERNEL(name, Args, threads) { body } is a kernel of blocks of at most `threads` that finds its arguments in `args`. A
+// number behind that is of blocks that a multiprocessor holds: registers are made to do for so many, not for more.
 #ifndef MINDSKIP_EMULATE
-#define KERNEL(name, Args, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+#define KERNEL(name, Args, ...) \
+    extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args args)
 #endif
 
 constexpr int WARP = 32;

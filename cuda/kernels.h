@@ -238,9 +238,10 @@ typedef struct AttendArgs {
     uint32_t heads;
     uint32_t type; /* of q and out */
     float scale;
-    /* Decode: K/V of a row are split among `splits` blocks; the last one to end merges. */
-    uint32_t splits;
-    float *partial;    /* [rows, heads, splits, head_dim + 2]: sums, maximum, denominator */
+    /* Decode: blocks that keep the GPU busy, to which the K/V of all rows and heads are dealt out; the last block of a
+     * row to end merges what they found. */
+    uint32_t blocks;
+    float *partial;    /* [gridDim.x, heads, head_dim + 2]: sums, maximum, denominator */
     uint32_t *tickets; /* [rows, kv_heads], zero before and after */
     WorkCount *work;
 } AttendArgs;

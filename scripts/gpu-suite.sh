@@ -12,14 +12,18 @@ quick=0 device=cuda out=gpu-results.json program=
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=1 ;;
-    --device) device=$2; shift ;;
-    -o) out=$2; shift ;;
+    --device | -o)
+      [ $# -gt 1 ] || { echo "gpu-suite.sh: $1 needs a value" >&2; exit 1; }
+      if [ "$1" = -o ]; then out=$2; else device=$2; fi
+      shift
+      ;;
     -*) echo "gpu-suite.sh: no such option: $1" >&2; exit 1 ;;
     *) program=$1 ;;
   esac
   shift
 done
-[ -x "$program" ] || { echo "gpu-suite.sh: give the program: path/to/mindskip, built with kernels" >&2; exit 1; }
+[ -f "$program" ] && [ -x "$program" ] || { echo "gpu-suite.sh: give the program: path/to/mindskip, built with kernels" >&2; exit 1; }
+program=$(realpath "$program") # also where it stands in this folder and not on the path
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -41,8 +45,8 @@ part() { # name, command...
 \"errors\": $(tail -n 20 "$work/err" | text)}")
 }
 
-# Standard input as a JSON string.
-text() { printf '"%s"' "$(sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' | tr -d '\000-\010\013-\037' | sed -z 's/\n$//; s/\n/\\n/g')"; }
+# Standard input as a JSON string; what is no UTF-8 is left out.
+text() { printf '"%s"' "$(iconv -c -f UTF-8 -t UTF-8 | sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' | tr -d '\000-\010\013-\037' | sed -z 's/\n$//; s/\n/\\n/g')"; }
 
 part doctor "$program" doctor --json
 part verify "$program" doctor --verify --device "$device" --json --every $([ $quick = 1 ] && echo 7 || echo 1)

@@ -1,4 +1,5 @@
 //! The CUDA backend on the emulator, beyond what MINDSKIP_TEST_DEVICE=emulate runs on it: 16 bits, recorded steps, faults.
+//! With MINDSKIP_TEST_DEVICE=cuda all of it on the first GPU.
 
 mod common;
 
@@ -24,7 +25,7 @@ fn stories(options: Options, settings: impl Fn(RouterSettings) -> RouterSettings
 }
 
 fn emulated(dtype: DType, batch: usize) -> Options {
-    Options { device: Device::Emulated(3), dtype: Some(dtype), ..options(batch, 128) }
+    Options { device: gpu(3), dtype: Some(dtype), ..options(batch, 128) }
 }
 
 /// In 16 bits, log-probabilities of the embedded model are as far from those of f32 as roundings make them.
@@ -149,6 +150,31 @@ fn random_weights_are_the_same_everywhere() {
     assert_close("logits", &logits[1], &logits[0], 1e-5);
 }
 
+/// Steps of many sizes leave no more than a few recordings, and one that was given up is made anew.
+#[test]
+fn recordings_are_few() {
+    let run = |options: Options| {
+        let mut engine = stories(Options { context: Some(64), ..options }, |s| s).unwrap();
+        let seqs: Vec<Seq> = (0..20).map(|_| engine.open().unwrap()).collect();
+        let inputs: Vec<_> = seqs.iter().map(|&seq| (seq, &[5, 6][..])).collect();
+        engine.prefill(&inputs).unwrap();
+        let (mut logits, mut held) = (Vec::new(), Vec::new());
+        for n in (1..=20).chain([1, 1]) {
+            for token in [7, 8] {
+                let inputs: Vec<_> = seqs[..n].iter().map(|&seq| (seq, token)).collect();
+                logits.extend_from_slice(engine.decode(&inputs).unwrap());
+            }
+            held.push(engine.counters().recordings);
+        }
+        (logits, held)
+    };
+    let cpu = run(Options { device: Device::Cpu, dtype: None, ..options(20, 64) });
+    let gpu = run(emulated(DType::F32, 20));
+    assert_close("logits", &gpu.0, &cpu.0, 1e-5);
+    let expected: Vec<u64> = (1..=20).chain([20, 20]).map(|met| met.min(16)).collect();
+    assert_eq!(gpu.1, expected);
+}
+
 /// A prefill reads back 4 bytes for each routed layer, and the logits.
 #[test]
 fn prefill_reads_one_count_for_each_routed_layer() {
@@ -167,7 +193,7 @@ fn prefill_reads_one_count_for_each_routed_layer() {
 fn the_order_of_threads_does_not_matter() {
     let prompt = ids(33, 1536, 9);
     let logits = |seed| {
-        let options = Options { device: Device::Emulated(seed), ..emulated(DType::BF16, 1) };
+        let options = Options { device: gpu(seed), ..emulated(DType::BF16, 1) };
         let mut engine = stories(options, |s| s).unwrap();
         let seq = engine.open().unwrap();
         engine.prefill(&[(seq, &prompt)]).unwrap().to_vec()
@@ -184,7 +210,7 @@ fn what_the_kernels_do_not_take_is_refused() {
     let mut small = config(&folder);
     (small.heads, small.kv_heads, small.head_dim) = (8, 4, 8);
     let weights = Weights::open(&folder).unwrap();
-    let options = Options { device: Device::Emulated(1), ..options(1, 64) };
+    let options = Options { device: gpu(1), ..options(1, 64) };
     let error = Engine::new(small, weights, None, &options).err().unwrap();
     assert_eq!(error.kind(), Kind::Unsupported, "{error}");
     assert!(error.to_string().ends_with("use --device cpu"), "{error}");

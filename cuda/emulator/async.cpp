@@ -368,6 +368,7 @@ void barrier_init(void* barrier, uint32_t arrivals) {
 void barrier_arrive(void* barrier, uint32_t expected_bytes, Site site) {
     maybe_yield();
     Phase& phase = phase_of("barrier_arrive", barrier, site);
+    order_before(barrier);
     if (!phase.pending) fail("barrier_arrive at %s: all %u have arrived", text(site).c_str(), phase.arrivals);
     phase.pending--;
     phase.bytes += expected_bytes;
@@ -379,9 +380,11 @@ void barrier_arrive(void* barrier, uint32_t expected_bytes, Site site) {
 void barrier_wait(void* barrier, uint32_t parity, Site site) {
     maybe_yield();
     Phase& phase = phase_of("barrier_wait", barrier, site);
-    if (phase.parity != (parity & 1)) return;
-    phase.waiting.push_back(thread_index());
-    park("barrier_wait", site);
+    if (phase.parity == (parity & 1)) {
+        phase.waiting.push_back(thread_index());
+        park("barrier_wait", site);
+    }
+    order_after(barrier);
 }
 
 void copy_box(void* to, const void* map, uint32_t row, uint32_t column, void* barrier, Site site) {
@@ -419,6 +422,7 @@ bool group_barrier(uint32_t id, uint32_t threads, bool waits, bool yes, Site sit
     if (group.arrived && group.threads != threads)
         fail("at %s: barrier %u of %u threads, of which others come as to one of %u", text(site).c_str(), id, threads,
              group.threads);
+    order_before(&group);
     group.threads = threads;
     group.yes |= yes;
     if (++group.arrived == threads) {
@@ -429,6 +433,7 @@ bool group_barrier(uint32_t id, uint32_t threads, bool waits, bool yes, Site sit
         group.waiting.push_back(thread_index());
         park("a barrier of warps", site);
     }
+    if (waits) order_after(&group);
     return group.result;
 }
 

@@ -57,5 +57,8 @@ void yield();
 // The calling thread waits until it is woken.
 void park(const char* what, Site site);
 void wake(uint32_t thread);
+// What the calling thread did comes before what others do that call order_after() with the same address later.
+void order_before(void* at);
+void order_after(void* at);
 
 } // namespace emu

@@ -31,7 +31,7 @@
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 
-#define KERNEL(name, Args, threads)                                                                                    \
+#define KERNEL(name, Args, threads, ...)                                                                               \
     static void name(const Args& args);                                                                                \
     [[maybe_unused]] static const bool emu_added_##name =                                                              \
         emu::add_kernel({#name, sizeof(Args), threads, [](const void* args) { name(*(const Args*)args); }});           \
@@ -68,8 +68,8 @@ inline int __syncthreads_and(int yes, emu::Site site = emu::Site::here()) {
     const emu::Votes votes = emu::barrier(yes, site);
     return votes.yes == votes.all;
 }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { emu::fence(false); }
+inline void __threadfence_block() { emu::fence(true); }
 [[noreturn]] inline void __trap() { emu::fail("__trap()"); }
 inline void __nanosleep(unsigned) { emu::maybe_yield(); }
 
@@ -122,7 +122,7 @@ Out combine(const char* what, uint32_t mask, In value, Out first, F, Site site) 
 } // namespace emu
 
 inline void __syncwarp(unsigned mask = 0xffffffff, emu::Site site = emu::Site::here()) {
-    emu::collective("__syncwarp", mask, nullptr, [](void* const*, uint32_t) {}, site);
+    emu::collective("__syncwarp", mask, nullptr, nullptr, site);
 }
 template <class T> T __shfl_sync(unsigned mask, T x, int from, int width = 32, emu::Site site = emu::Site::here()) {
     return emu::shuffle("__shfl_sync", mask, x, (emu::now->lane & -width) | (from & (width - 1)), site);
@@ -169,15 +169,16 @@ EMU_REDUCE(int, min, std::numeric_limits<int>::max(), a < b ? a : b)
 EMU_REDUCE(int, max, std::numeric_limits<int>::min(), a > b ? a : b)
 #undef EMU_REDUCE
 
-// Atomics. Other threads may run before, so that the order of threads is seldom that of their numbers.
+// Atomics, which order nothing else. Other threads may run before, so that the order of threads is seldom that of their
+// numbers.
 
 namespace emu {
 template <class T, class F> T update(T* at, F change) {
     maybe_yield();
     T old, next;
-    __atomic_load(at, &old, __ATOMIC_SEQ_CST);
+    __atomic_load(at, &old, __ATOMIC_RELAXED);
     do next = change(old);
-    while (!__atomic_compare_exchange(at, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    while (!__atomic_compare_exchange(at, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return old;
 }
 } // namespace emu

@@ -7,14 +7,15 @@
 //
 // What a kernel must not do is found in four ways: by looking (barriers, masks, alignment), by memory full of NaN where
 // nothing was written, by pages that cannot be touched around buffers, stacks and shared memory, and by the checks that
-// the compiler puts in (-fsanitize; their handlers are at the end).
+// the compiler puts in (-fsanitize; their handlers are at the end). A build with EMU_RACES also finds accesses that
+// nothing orders (races.h).
 
 #include "async.h"
 #include "emulator.h"
+#include "races.h"
 #include "runtime.h"
 
 #include <errno.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -156,10 +157,12 @@ struct Copy {
     void* to;
     const void* from; // null: zeros
     uint32_t group;
+    void* place; // in the kernel
 };
 
 struct Fiber : Thread {
     Context context;
+    races::Track track;
     Pages stack;
     std::vector<Copy> copies;
     uint32_t groups; // closed so far
@@ -192,6 +195,7 @@ struct Launch {
     std::atomic<bool> failed{false};
     std::mutex lock;
     std::string error; // the first
+    char ended, fence;   // what races:: orders by
 };
 
 struct StaticShared {
@@ -210,6 +214,7 @@ struct Worker {
     uint32_t warp_order[32], warp_count, warp; // warp: whose lanes run
     Fiber* current;
     Context main;
+    races::HostTrack main_track;
     Random random;
     uint32_t alive;
 
@@ -222,7 +227,6 @@ struct Worker {
     char *static_end, *dynamic_begin, *dynamic_end;
 
     volatile bool running = false;
-    sigjmp_buf escape;
     siginfo_t fault;
 
     void run(uint64_t index);
@@ -230,9 +234,12 @@ struct Worker {
     Fiber* pick();
     void go(Fiber* to);
     void go_on();
+    void check_races();
+    [[noreturn]] void leave();
     void shuffle_warps();
     void shuffle_lanes(Warp& warp);
     void release_barrier();
+    void order(uint32_t from, uint32_t to, uint32_t lanes);
     std::string waiting() const;
     void report(const std::string& text);
     std::string describe_fault() const;
@@ -319,11 +326,24 @@ void Worker::go(Fiber* to) {
     Fiber* from = current;
     if (from == to) return;
     now = current = to;
+    to->track.go_on();
     change(from->context, to->context);
+}
+
+// To where the block was started, from a thread that does not go on.
+void Worker::leave() {
+    main_track.go_on();
+    change(current->context, main);
+    __builtin_unreachable();
+}
+
+void Worker::check_races() {
+    if (const std::string race = races::take(); !race.empty()) fail("%s", race.c_str());
 }
 
 // Gives the turn to another thread; returns when the calling one has it again.
 void Worker::go_on() {
+    check_races();
     Fiber* next = pick();
     if (!next) fail("deadlock: %s", waiting().c_str());
     go(next);
@@ -356,7 +376,24 @@ std::string Worker::waiting() const {
     return all;
 }
 
+// These lanes of the warps [from, to) have met: what each did comes before what any of them does next.
+void Worker::order(uint32_t from, uint32_t to, uint32_t lanes) {
+    if (!races::ON) return;
+    const auto each = [&](void (*act)(void*)) {
+        for (uint32_t w = from; w < to; w++) {
+            for (uint32_t left = lanes & warps[w].exists & ~warps[w].exited; left; left &= left - 1) {
+                fibers[32 * w + __builtin_ctz(left)]->track.go_on();
+                act(&warps[from]);
+            }
+        }
+    };
+    each(races::release);
+    each(races::acquire);
+    current->track.go_on();
+}
+
 void Worker::release_barrier() {
+    order(0, warp_count, ~0u);
     votes = {yes, arrived};
     arrived = yes = 0;
     for (uint32_t i = 0; i < warp_count; i++) {
@@ -368,11 +405,14 @@ void Worker::release_barrier() {
 
 [[noreturn]] void thread_main() {
     Worker& w = *worker;
+    races::acquire(&w.main);
     w.launch->kernel->run(w.launch->args);
+    w.check_races();
+    races::release(&w.launch->ended);
     w.warps[w.current->thread.x / 32].exited |= 1u << w.current->lane;
     w.alive--;
     if (w.alive && w.arrived == w.alive) w.release_barrier();
-    if (!w.alive) change(w.current->context, w.main);
+    if (!w.alive) w.leave();
     w.go_on();
     __builtin_unreachable();
 }
@@ -385,6 +425,8 @@ void Worker::start(uint64_t index) {
     const uint3& grid = place.grid_dim;
     place.block = {uint32_t(index % grid.x), uint32_t(index / grid.x % grid.y), uint32_t(index / grid.x / grid.y)};
     random = {l.seed ^ index * 0xd1342543de82ef95};
+    // Fresh memory is nobody's, where otherwise it would be the last block's.
+    if (races::ON) static_memory = Pages(MAX_STATIC * 2), dynamic_memory = Pages(MAX_DYNAMIC);
     if (!static_memory || !dynamic_memory || !signal_stack) return report("no memory for what is shared");
     while (fibers.size() < l.threads) {
         auto fiber = std::make_unique<Fiber>();
@@ -392,6 +434,8 @@ void Worker::start(uint64_t index) {
         if (!fiber->stack) return report("no memory for the stack of a thread");
         fibers.push_back(std::move(fiber));
     }
+    // What a thread did in one block is not ordered before what that of the same number does in the next.
+    if (races::ON) std::rotate(fibers.begin(), fibers.begin() + 1, fibers.end());
     warp_count = (l.threads + 31) / 32;
     for (uint32_t i = 0; i < warp_count; i++) {
         const uint32_t lanes = std::min(32u, l.threads - 32 * i);
@@ -426,17 +470,19 @@ void Worker::run(uint64_t index) {
     start(index);
     if (launch->failed) return;
     here = &place;
-    // Here a thread comes out that must not go on.
-    if (!sigsetjmp(escape, 0)) {
-        running = true;
-        now = current = pick();
-        change(main, current->context);
-    } else if (fault.si_signo) {
-        report(describe_fault());
-    }
+    fault.si_signo = 0;
+    races::take();
+    running = true;
+    now = current = pick();
+    main_track.set();
+    races::release(&main);
+    current->track.go_on();
+    change(main, current->context);
+    if (fault.si_signo) report(describe_fault());
     running = false;
     now = nullptr;
-    if (launch->failed) return;
+    // What a thread that does not go on leaves behind is not used again.
+    if (launch->failed) return fibers.clear();
     for (const StaticShared& s : statics) {
         if (!untouched(s.at + s.size, s.at + s.size + REDZONE))
             return report(text("wrote behind the shared variables of %s", text(s.site).c_str()));
@@ -461,7 +507,7 @@ struct sigaction old_actions[64];
 void on_signal(int signal, siginfo_t* info, void* context) {
     if (worker && worker->running) {
         worker->fault = *info;
-        siglongjmp(worker->escape, 1);
+        worker->leave();
     }
     const struct sigaction& old = old_actions[signal];
     if (old.sa_flags & SA_SIGINFO) return old.sa_sigaction(signal, info, context);
@@ -472,6 +518,7 @@ void on_signal(int signal, siginfo_t* info, void* context) {
 void catch_signals() {
     static std::once_flag once;
     std::call_once(once, [] {
+        races::begin();
         struct sigaction action = {};
         action.sa_sigaction = on_signal;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -543,8 +590,7 @@ void fail(const char* format, ...) {
     va_start(list, format);
     worker->report(format_list(format, list));
     va_end(list);
-    worker->fault.si_signo = 0;
-    siglongjmp(worker->escape, 1);
+    worker->leave();
 }
 
 Votes barrier(bool vote, Site site) {
@@ -585,7 +631,12 @@ void collective(const char* what, uint32_t mask, void* mine, Finish finish, Site
                 fail("%s at %s with mask %08x, but lane %u waits in %s at %s with mask %08x", what, text(site).c_str(),
                      mask, other.lane, other.what, text(other.site).c_str(), other.mask);
         }
-        finish(warp.mine, mask);
+        if (finish) {
+            const races::Unnoted lanes_stacks;
+            finish(warp.mine, mask);
+        } else {
+            w.order(index, index + 1, mask);
+        }
         warp.waiting &= ~mask;
         warp.ready |= mask;
         w.shuffle_lanes(warp);
@@ -619,7 +670,17 @@ void park(const char* what, Site site) {
     worker->go_on();
 }
 
+void order_before(void* at) { races::release(at); }
+void order_after(void* at) { races::acquire(at); }
+
 void wake(uint32_t thread) { worker->warps[thread / 32].ready |= 1u << thread % 32; }
+
+void fence(bool of_block) {
+    void* const at = of_block ? (void*)&worker->place : (void*)&worker->launch->fence;
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    races::release(at);
+    races::acquire(at);
+}
 
 void* dynamic_shared() { return worker->dynamic_begin; }
 
@@ -640,15 +701,21 @@ void check16(const char* what, const void* address, bool shared) {
     if (shared && !worker->in_shared((const char*)address, 16)) fail("%s: %p is not in shared memory", what, address);
 }
 
+void reads16(const void* address) { races::read16(address, __builtin_return_address(0)); }
+
+// A copy happens at some time between its begin and the wait for it: noted at both.
 void copy_async(void* to, const void* from) {
     Fiber& me = *worker->current;
+    void* const place = __builtin_return_address(0);
     check16("copy_async", to, true);
     if (from) {
         check16("copy_async", from, false);
         (void)*(const volatile char*)from; // a bad address is reported here, not by copy_wait
     }
+    if (from) races::read16(from, place);
+    races::write16(to, place);
     memset(to, POISON, 16);
-    me.copies.push_back({to, from, me.groups});
+    me.copies.push_back({to, from, me.groups, place});
 }
 
 void copy_commit() { worker->current->groups++; }
@@ -657,6 +724,8 @@ void copy_wait(uint32_t groups_left) {
     Fiber& me = *worker->current;
     auto copy = me.copies.begin();
     for (; copy != me.copies.end() && copy->group + groups_left < me.groups; copy++) {
+        if (copy->from) races::read16(copy->from, copy->place);
+        races::write16(copy->to, copy->place);
         if (copy->from) memcpy(copy->to, copy->from, 16);
         else memset(copy->to, 0, 16);
     }
@@ -727,6 +796,7 @@ int emu_launch(const void* handle, const uint32_t grid[3], uint32_t threads, uin
     }
     work(launch);
     for (std::thread& helper : helpers) helper.join();
+    races::acquire(&launch.ended);
     if (launch.failed) return answer(launch.error);
 
     std::lock_guard guard(buffers_lock);

@@ -98,11 +98,13 @@ template <class T> __attribute__((no_sanitize("undefined"))) void multiply_add(v
 
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row, emu::Site site = emu::Site::here()) {
     emu::check16("load_matrices", row, true);
+    emu::reads16(row);
     emu_mma::MatrixRow mine{(const uint16_t*)row, r};
     emu::collective("load_matrices", 0xffffffff, &mine, emu_mma::load_matrices<false>, site);
 }
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, emu::Site site = emu::Site::here()) {
     emu::check16("load_matrices_transposed", row, true);
+    emu::reads16(row);
     emu_mma::MatrixRow mine{(const uint16_t*)row, r};
     emu::collective("load_matrices_transposed", 0xffffffff, &mine, emu_mma::load_matrices<true>, site);
 }

@@ -40,12 +40,16 @@ struct Votes {
 Votes barrier(bool vote, Site site);
 
 // Waits until all lanes of the mask have come with the same mask and `finish`; the last one calls it with what each
-// lane brought. What lanes bring stands on their stacks, which stay as they are while they wait.
+// lane brought. What lanes bring stands on their stacks, which stay as they are while they wait. Without a `finish` they
+// exchange nothing, and their accesses to memory are ordered, as by __syncwarp; with one they are not.
 using Finish = void (*)(void* const lanes[32], uint32_t mask);
 void collective(const char* what, uint32_t mask, void* mine, Finish finish, Site site);
 
 // Another thread may run now.
 void maybe_yield();
+
+// __threadfence, or __threadfence_block.
+void fence(bool of_block);
 
 void* dynamic_shared();
 // Memory of the block for the __shared__ variables of one declaration, which `key` stands for.
@@ -57,6 +61,9 @@ template <class Variables> Variables& static_shared(Site site = Site::here()) {
 
 // Fails unless it is a multiple of 16 bytes and, if asked for, 16 bytes of shared memory.
 void check16(const char* what, const void* address, bool shared);
+
+// The calling thread reads 16 bytes that another one may take to its registers.
+void reads16(const void* address);
 
 void copy_async(void* to, const void* from);
 void copy_commit();

@@ -218,8 +218,9 @@ impl Meter {
 pub struct Counters {
     /// Kernels and products that were sent one by one.
     pub launches: u64,
-    /// Recorded runs that were sent again.
+    /// Recorded runs that were sent again, and recordings that are held.
     pub replays: u64,
+    pub recordings: u64,
     /// Times the host waited for the device.
     pub syncs: u64,
     /// Copies from and to the host, and their bytes.

@@ -426,6 +426,7 @@ impl RopeAppend {
 pub struct Attend {
     pub layer: usize,
     pub head_dim: usize,
+    /// Above 0, finite.
     pub scale: f32,
     pub rows: RowSet,
     /// `[*]`, KV slot of each row of the residual stream
@@ -457,6 +458,8 @@ impl Attend {
             self.head_dim,
             self.kv_heads
         );
+        // Maxima are taken before scaling.
+        ensure!(self.scale > 0.0 && self.scale.is_finite(), Shape, "attend: a scale of {}, not above 0", self.scale);
         check_set("attend", self.rows)?;
         check_len("attend", "first", self.first, self.rows.bound)?;
         check_len("attend", "end", self.end, self.rows.bound)?;

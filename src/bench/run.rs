@@ -233,6 +233,7 @@ fn since(before: Counters, after: Counters) -> Counters {
     Counters {
         launches: after.launches - before.launches,
         replays: after.replays - before.replays,
+        recordings: after.recordings,
         syncs: after.syncs - before.syncs,
         copies_in: after.copies_in - before.copies_in,
         bytes_in: after.bytes_in - before.bytes_in,

@@ -1,6 +1,9 @@
 //! What the integration tests share: golden files and engines over the tiny models.
 #![allow(dead_code)] // each test binary uses a part
 
+#[cfg(feature = "emulate")]
+pub mod emulator;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -72,6 +75,15 @@ pub fn options(batch: usize, context: usize) -> Options {
     };
     let (context, rows, threads) = (Some(context), Some(batch * context), Some(2));
     Options { device, dtype, batch, context, rows, threads, ..Options::default() }
+}
+
+/// The emulator, in an order of threads that follows from the seed; with MINDSKIP_TEST_DEVICE=cuda the first GPU.
+#[cfg(feature = "emulate")]
+pub fn gpu(seed: u64) -> Device {
+    match options(1, 1).device {
+        Device::Cuda(ordinal) => Device::Cuda(ordinal),
+        _ => Device::Emulated(seed),
+    }
 }
 
 /// Routing by a router file, with settings of the caller's.

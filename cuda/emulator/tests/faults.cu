@@ -1,4 +1,5 @@
-// Kernels with one fault each. Where nothing is said, out[t] is to be x[(t + 1) % blockDim].
+// Kernels with one fault each. Where nothing is said, out[t] is to be x[(t + 1) % blockDim]. Lines that race end in a
+// mark.
 #include "../../common.cuh"
 
 struct FaultArgs {
@@ -11,17 +12,17 @@ __device__ uint32_t after(uint32_t thread) { return (thread + 1) % blockDim.x; }
 
 KERNEL(emu_no_barrier, FaultArgs, 1024) {
     __shared__ float room[1024];
-    room[threadIdx.x] = args.x[threadIdx.x];
-    args.out[threadIdx.x] = room[after(threadIdx.x)];
+    room[threadIdx.x] = args.x[threadIdx.x];          // race
+    args.out[threadIdx.x] = room[after(threadIdx.x)]; // race
 }
 
 // The second round writes before all have read the first.
 KERNEL(emu_no_second_barrier, FaultArgs, 1024) {
     __shared__ float room[1024];
     for (int round = 0; round < 2; round++) {
-        room[threadIdx.x] = args.x[threadIdx.x] + round;
+        room[threadIdx.x] = args.x[threadIdx.x] + round; // race
         __syncthreads();
-        if (round == 0) args.out[threadIdx.x] = room[after(threadIdx.x)];
+        if (round == 0) args.out[threadIdx.x] = room[after(threadIdx.x)]; // race
     }
 }
 
@@ -29,18 +30,18 @@ KERNEL(emu_no_second_barrier, FaultArgs, 1024) {
 KERNEL(emu_no_barrier_in_sum, FaultArgs, 1024) {
     __shared__ float room[WARP];
     const float sum = warp_sum(args.x[threadIdx.x]);
-    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = sum;
+    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = sum; // race
     if (threadIdx.x == 0) {
         float all = 0;
-        for (uint32_t i = 0; i < blockDim.x / WARP; i++) all += room[i];
+        for (uint32_t i = 0; i < blockDim.x / WARP; i++) all += room[i]; // race
         args.out[0] = all;
     }
 }
 
 KERNEL(emu_no_syncwarp, FaultArgs, 32) {
     __shared__ float room[32];
-    room[threadIdx.x] = args.x[threadIdx.x];
-    args.out[threadIdx.x] = room[after(threadIdx.x)];
+    room[threadIdx.x] = args.x[threadIdx.x];          // race
+    args.out[threadIdx.x] = room[after(threadIdx.x)]; // race
 }
 
 KERNEL(emu_divergent_barrier, FaultArgs, 1024) {
@@ -111,11 +112,11 @@ KERNEL(emu_deep, FaultArgs, 1024) { args.out[0] = deep(args.n); }
 // Each thread copies four numbers and takes one of those that another has copied: x[4 * ((t + 1) % blockDim)].
 template <bool wait, bool barrier> __device__ void copy(const FaultArgs& args) {
     __shared__ float4 room[256];
-    copy_async(&room[threadIdx.x], args.x + 4 * threadIdx.x);
+    copy_async(&room[threadIdx.x], args.x + 4 * threadIdx.x); // race
     copy_commit();
     if (wait) copy_wait<0>();
     if (barrier) __syncthreads();
-    args.out[threadIdx.x] = room[after(threadIdx.x)].x;
+    args.out[threadIdx.x] = room[after(threadIdx.x)].x; // race
 }
 KERNEL(emu_no_wait, FaultArgs, 256) { copy<false, true>(args); }
 KERNEL(emu_wait_without_barrier, FaultArgs, 256) { copy<true, false>(args); }

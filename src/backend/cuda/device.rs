@@ -26,6 +26,16 @@ pub struct Function(pub usize);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Graph(pub usize);
 
+/// Puts a recording into the first free place of a device's.
+pub fn keep<T>(graphs: &mut Vec<Option<T>>, recording: T) -> Graph {
+    let free = graphs.iter().position(Option::is_none).unwrap_or_else(|| {
+        graphs.push(None);
+        graphs.len() - 1
+    });
+    graphs[free] = Some(recording);
+    Graph(free)
+}
+
 /// The geometry of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
@@ -132,8 +142,8 @@ pub trait Device: Send {
     /// Runs a recording.
     fn replay(&mut self, graph: Graph) -> Result<()>;
 
-    /// Waits, and frees all recordings that were handed out.
-    fn forget(&mut self) -> Result<()>;
+    /// Frees a recording, which may still run. Its number may be that of another one afterwards.
+    fn forget(&mut self, graph: Graph) -> Result<()>;
 
     fn counters(&self) -> Counters;
 
@@ -223,8 +233,8 @@ impl Device for Lent {
         self.device().replay(graph)
     }
 
-    fn forget(&mut self) -> Result<()> {
-        self.device().forget()
+    fn forget(&mut self, graph: Graph) -> Result<()> {
+        self.device().forget(graph)
     }
 
     fn counters(&self) -> Counters {

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use half::{bf16, f16};
 
-use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch};
+use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::DType;
 
@@ -31,7 +31,7 @@ pub struct Emulated {
     kernels: Vec<usize>,
     memory: Vec<Address>,
     recording: Option<Vec<Recorded>>,
-    graphs: Vec<Vec<Recorded>>,
+    graphs: Vec<Option<Vec<Recorded>>>,
 }
 
 #[derive(Clone)]
@@ -200,25 +200,24 @@ impl Device for Emulated {
     }
 
     fn end_record(&mut self) -> Result<Graph> {
-        self.graphs.push(self.recording.take().unwrap_or_default());
-        Ok(Graph(self.graphs.len() - 1))
+        Ok(keep(&mut self.graphs, self.recording.take().unwrap_or_default()))
     }
 
     fn replay(&mut self, graph: Graph) -> Result<()> {
         self.counters.replays += 1;
-        let recorded = std::mem::take(&mut self.graphs[graph.0]);
+        let recorded = self.graphs[graph.0].take().expect("a recording that is held");
         let result = recorded.iter().try_for_each(|what| self.run(what));
-        self.graphs[graph.0] = recorded;
+        self.graphs[graph.0] = Some(recorded);
         result
     }
 
-    fn forget(&mut self) -> Result<()> {
-        self.graphs.clear();
+    fn forget(&mut self, graph: Graph) -> Result<()> {
+        self.graphs[graph.0] = None;
         Ok(())
     }
 
     fn counters(&self) -> Counters {
-        self.counters
+        Counters { recordings: self.graphs.iter().flatten().count() as u64, ..self.counters }
     }
 
     fn release(&mut self) -> Result<()> {

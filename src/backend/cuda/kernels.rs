@@ -412,7 +412,7 @@ pub struct AttendArgs {
     pub heads: u32,
     pub type_: u32,
     pub scale: f32,
-    pub splits: u32,
+    pub blocks: u32,
     pub partial: *mut f32,
     pub tickets: *mut u32,
     pub work: *mut WorkCount,
@@ -431,7 +431,7 @@ const _: () = {
     ["Offset of field: AttendArgs::heads"][::core::mem::offset_of!(AttendArgs, heads) - 112usize];
     ["Offset of field: AttendArgs::type_"][::core::mem::offset_of!(AttendArgs, type_) - 116usize];
     ["Offset of field: AttendArgs::scale"][::core::mem::offset_of!(AttendArgs, scale) - 120usize];
-    ["Offset of field: AttendArgs::splits"][::core::mem::offset_of!(AttendArgs, splits) - 124usize];
+    ["Offset of field: AttendArgs::blocks"][::core::mem::offset_of!(AttendArgs, blocks) - 124usize];
     ["Offset of field: AttendArgs::partial"][::core::mem::offset_of!(AttendArgs, partial) - 128usize];
     ["Offset of field: AttendArgs::tickets"][::core::mem::offset_of!(AttendArgs, tickets) - 136usize];
     ["Offset of field: AttendArgs::work"][::core::mem::offset_of!(AttendArgs, work) - 144usize];

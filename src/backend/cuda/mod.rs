@@ -19,7 +19,7 @@ mod ops;
 mod rates;
 mod work;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::time::Duration;
 
@@ -56,6 +56,9 @@ const KEPT_FREE: u64 = 512 << 20;
 /// Elements of the buffer that takes what the host writes.
 const STAGED: usize = 1 << 16;
 
+/// Steps that are remembered; each recorded one takes some of the device's memory.
+const STEPS: usize = 16;
+
 /// Runs the ops on a GPU, or on the emulator.
 pub struct CudaBackend {
     device: Box<dyn Device>,
@@ -78,8 +81,8 @@ pub struct CudaBackend {
     pending: BTreeMap<usize, usize>,
     words: Vec<u32>,
     staged: Address,
-    /// Steps that were met: None after the first time, as many are met only once.
-    graphs: HashMap<StepKey, Option<Recorded>>,
+    /// Steps that were met, the latest at the end: None after the first time, as many are met only once.
+    steps: Vec<(StepKey, Option<Recorded>)>,
     recording: bool,
     /// The logits whose best by groups stand in the workspace.
     best_of: Option<Mat>,
@@ -169,7 +172,7 @@ impl CudaBackend {
             pending: BTreeMap::new(),
             words: Vec::new(),
             staged,
-            graphs: HashMap::new(),
+            steps: Vec::new(),
             recording: false,
             best_of: None,
         })
@@ -231,7 +234,7 @@ impl CudaBackend {
         self.kv.as_ref().expect("reserved")
     }
 
-    fn record(&mut self, key: StepKey, body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send)) -> Result<()> {
+    fn record(&mut self, body: &mut (dyn FnMut(&mut dyn Backend) -> Result<()> + Send)) -> Result<Recorded> {
         self.accounts.begin_record(self.device.as_mut())?;
         let graph = self.device.begin_record().and_then(|()| {
             let before = std::mem::take(&mut self.accounts.meter);
@@ -243,8 +246,17 @@ impl CudaBackend {
             result.and(graph).map(|graph| Recorded { graph, meter })
         });
         self.accounts.end_record(graph.is_ok());
-        self.graphs.insert(key, Some(graph?));
-        Ok(())
+        graph
+    }
+
+    /// Notes a step as the latest; the one that was not met for longest is forgotten.
+    fn remember(&mut self, key: StepKey, recorded: Option<Recorded>) -> Result<()> {
+        self.steps.push((key, recorded));
+        if self.steps.len() <= STEPS {
+            return Ok(());
+        }
+        let (_, oldest) = self.steps.remove(0);
+        oldest.map_or(Ok(()), |recorded| self.device.forget(recorded.graph))
     }
 }
 
@@ -378,16 +390,19 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         let Some(key) = key else { return body(self) };
         self.send()?;
-        match self.graphs.get(&key) {
+        let met = self.steps.iter().position(|(met, _)| *met == key).map(|at| self.steps.remove(at).1);
+        let recorded = match met {
             None => {
-                self.graphs.insert(key, None);
+                self.remember(key, None)?;
                 return body(self);
             }
-            Some(None) => self.record(key, body)?,
-            Some(Some(_)) => {}
-        }
-        let recorded = self.graphs[&key].as_ref().expect("recorded");
+            Some(None) => self.record(body)?,
+            Some(Some(recorded)) => recorded,
+        };
+        self.remember(key, Some(recorded))?;
+        let recorded = self.steps.last().and_then(|(_, recorded)| recorded.as_ref()).expect("just remembered");
         self.device.replay(recorded.graph)?;
+        self.best_of = None;
         for (to, from) in self.accounts.meter.ops.iter_mut().zip(&recorded.meter.ops) {
             to.calls += from.calls;
             to.cost = to.cost + from.cost;
@@ -398,8 +413,7 @@ impl Backend for CudaBackend {
 
     fn forget(&mut self) -> Result<()> {
         self.accounts.forget(self.device.as_mut())?;
-        self.graphs.clear();
-        self.device.forget()
+        self.steps.drain(..).filter_map(|(_, recorded)| recorded).try_for_each(|r| self.device.forget(r.graph))
     }
 
     fn rates(&mut self, _dtype: DType) -> Result<Rates> {

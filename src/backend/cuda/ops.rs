@@ -45,8 +45,10 @@ const MANY_ROWS: usize = 64;
 const HEADS: [usize; 6] = [32, 64, 80, 96, 128, 256];
 /// Values of head_dim that attend_hopper is compiled for.
 pub const HOPPER_HEADS: [usize; 2] = [64, 128];
-/// Blocks for each multiprocessor that split K/V aim at.
+/// Blocks for each multiprocessor that the K/V of a decode step are dealt out to.
 const BLOCKS_EACH: usize = 4;
+/// K/V pages that are worth a block of their own: DECODE_PAGES of attention.cuh.
+const DECODE_PAGES: usize = 4;
 
 impl Functions {
     /// Errors: Device when one is missing.
@@ -319,10 +321,16 @@ impl CudaBackend {
         self.launch(op, function, a_row_a_block(rows, width), &args)
     }
 
-    /// Blocks that share the K/V of a row and head.
-    fn splits(&self, rows: usize, kv_heads: usize, pages_per_seq: usize) -> usize {
-        let blocks = BLOCKS_EACH * self.device.description().multiprocessors as usize;
-        blocks.div_ceil((rows * kv_heads).max(1)).min(pages_per_seq.div_ceil(4)).clamp(1, 64)
+    /// Blocks that keep the device busy.
+    fn decode_blocks(&self) -> usize {
+        BLOCKS_EACH * self.device.description().multiprocessors as usize
+    }
+
+    /// Blocks for each K/V head that up to so many rows may ask for, whatever their lengths: each row for one, and all of
+    /// them for [`decode_blocks`](Self::decode_blocks) more.
+    fn units(&self, rows: usize, kv_heads: usize, pages_per_seq: usize) -> usize {
+        let longest = rows * pages_per_seq.div_ceil(DECODE_PAGES).max(1);
+        longest.min(rows + self.decode_blocks().div_ceil(kv_heads.max(1)))
     }
 
     /// What the largest op needs.
@@ -332,8 +340,7 @@ impl CudaBackend {
         let scattered = l.chunk * l.hidden * 4;
         let up = l.chunk * l.intermediate * size;
         let route = (l.rows + 1) * 4;
-        let partial = |rows| rows * l.heads * self.splits(rows, kv.kv_heads, kv.pages_per_seq) * (kv.head_dim + 2) * 4;
-        let partial = (1..=kv.slots).map(partial).max().unwrap_or(0);
+        let partial = self.units(kv.slots, kv.kv_heads, kv.pages_per_seq) * l.heads * (kv.head_dim + 2) * 4;
         let sample = Sampling::of(kv.slots, l.vocab).bytes;
         [gathered, scattered, up, route, partial, sample].into_iter().max().unwrap_or(0)
     }
@@ -536,14 +543,14 @@ impl Ops for CudaBackend {
         let f32s = self.info.kv == DType::F32;
         // One row shares its K/V with nobody either.
         let decode = a.single || bound == 1;
-        let splits = if decode { self.splits(bound, a.kv_heads, pages_per_seq) } else { 1 };
+        let units = if decode { self.units(bound, a.kv_heads, pages_per_seq) } else { 0 };
         let tickets = 4 * bound * a.kv_heads;
         if decode && tickets > self.tickets.bytes {
             ensure!(!self.recording, Memory, "a step of more rows than were planned");
             self.tickets = self.region(tickets)?;
             self.device.clear(self.tickets.start, tickets)?;
         }
-        let partial = if splits > 1 { self.scratch(bound * heads * splits * (d + 2) * 4)? } else { Address(0) };
+        let partial = if units > bound { self.scratch(units * heads * (d + 2) * 4)? } else { Address(0) };
         let args = AttendArgs {
             q,
             out,
@@ -555,7 +562,7 @@ impl Ops for CudaBackend {
             heads: heads as u32,
             type_: type_of(self.info.activations),
             scale: a.scale,
-            splits: splits as u32,
+            blocks: self.decode_blocks() as u32,
             partial: partial.0 as *mut f32,
             tickets: self.tickets.start.0 as *mut u32,
             work,
@@ -569,7 +576,7 @@ impl Ops for CudaBackend {
         }
         let (function, grid, shared) = if decode {
             let shared = 4 * group.min(16) * (d + 2) * 4;
-            (self.functions.decode[padded], [bound as u32, kv_heads, splits as u32], shared)
+            (self.functions.decode[padded], [units as u32, kv_heads, 1], shared)
         } else {
             let rows = if f32s { 32 } else { 64 };
             let hd = HEADS[padded];

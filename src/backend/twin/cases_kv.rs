@@ -156,7 +156,8 @@ pub fn attend(types: Types) -> Vec<Case> {
     let mut case = |name: &str, heads: Heads, lens: &[(usize, usize)], queries: &[Query], values: Values| {
         let heads = heads.on(types);
         let count = COUNTS[cases.len() % 3];
-        let mut s = heads.setup(types);
+        let slots = lens.iter().map(|&(slot, _)| slot + 1).max().unwrap_or(0).max(5);
+        let mut s = Setup::with_kv(types, 3, slots, heads.kv_heads, heads.head_dim);
         let histories: Vec<_> = lens.iter().map(|&(slot, rows)| History::of(slot, rows)).collect();
         write_history(&mut s, heads, &histories, values);
         let op = Op::Attend(attention(&mut s, heads, queries, count, scale(heads), query_value));
@@ -205,6 +206,17 @@ pub fn attend(types: Types) -> Vec<Case> {
         let first = len.saturating_sub(66);
         case("of one row's window", heads, &[(3, len)], &[(3, first..len)], plain_values);
     }
+    // One row among short ones is long; many rows, of all lengths.
+    for (kv_heads, group, head_dim) in [(2, 3, 64), (1, 2, 16), (3, 1, 128)] {
+        let heads = Heads { head_dim, kv_heads, group };
+        let uneven = [(0, 1), (3, 2500), (1, 70), (4, 1300), (2, 5)];
+        case("decode, uneven", heads, &uneven, &decode(&uneven), plain_values);
+        let windows: Vec<_> = uneven.iter().map(|&(slot, len)| window((slot, 0..len), 900)).collect();
+        case("decode, uneven windows", heads, &uneven, &windows, plain_values);
+    }
+    let many: Vec<_> = (0..41).map(|slot| (slot, if slot == 37 { 1500 } else { slot * 53 % 331 + 1 })).collect();
+    let heads = Heads { head_dim: 16, kv_heads: 2, group: 2 };
+    case("decode of many rows", heads, &many, &decode(&many), plain_values);
     // Rows of several sequences in one block, each with much K/V, and blocks that are full.
     for heads in [Heads { head_dim: 64, kv_heads: 1, group: 2 }, Heads { head_dim: 128, kv_heads: 2, group: 1 }] {
         let lens = [(0, 700), (2, 500), (1, 130)];

@@ -19,7 +19,7 @@ use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
 };
 
-use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch};
+use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::DType;
 pub use blas::version_text;
@@ -37,7 +37,7 @@ pub struct Driver {
     recording: bool,
     kernels: Vec<Kernel>,
     // From here on in the order in which they must be dropped.
-    graphs: Vec<Owned<CUgraphExec>>,
+    graphs: Vec<Option<Owned<CUgraphExec>>>,
     blas: Blas,
     staging: Staging,
     memory: Vec<Owned<u64>>,
@@ -446,31 +446,31 @@ impl Device for Driver {
             self.check(sys::cuGraphInstantiateWithFlags(&mut exec, graph.0, 0), doing)?;
             let exec = Owned(exec, sys::cuGraphExecDestroy as unsafe fn(CUgraphExec) -> CUresult);
             self.check(sys::cuGraphUpload(exec.0, self.stream.0), doing)?;
-            self.graphs.push(exec);
+            Ok(keep(&mut self.graphs, exec))
         }
-        Ok(Graph(self.graphs.len() - 1))
     }
 
     fn replay(&mut self, graph: Graph) -> Result<()> {
         self.not_recording("a replay")?;
         self.enter()?;
+        let exec = self.graphs[graph.0].as_ref().expect("a recording that is held").0;
         // SAFETY: graph and stream live; what the graph's kernels use is freed after it.
-        let status = unsafe { sys::cuGraphLaunch(self.graphs[graph.0].0, self.stream.0) };
+        let status = unsafe { sys::cuGraphLaunch(exec, self.stream.0) };
         self.check(status, || format!("replaying recording {}", graph.0))?;
         self.sent.push(What::Graph(graph.0));
         self.counters.replays += 1;
         Ok(())
     }
 
-    fn forget(&mut self) -> Result<()> {
+    fn forget(&mut self, graph: Graph) -> Result<()> {
         self.enter()?;
-        self.wait()?;
-        self.graphs.clear();
+        // One that still runs is freed by the driver when it is done.
+        self.graphs[graph.0] = None;
         Ok(())
     }
 
     fn counters(&self) -> Counters {
-        self.counters
+        Counters { recordings: self.graphs.iter().flatten().count() as u64, ..self.counters }
     }
 
     fn release(&mut self) -> Result<()> {
