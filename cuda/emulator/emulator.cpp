@@ -332,6 +332,7 @@ void Worker::go(Fiber* to) {
 
 // To where the block was started, from a thread that does not go on.
 void Worker::leave() {
+    races::Unnoted::end();
     main_track.go_on();
     change(current->context, main);
     __builtin_unreachable();

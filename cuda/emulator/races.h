@@ -66,8 +66,14 @@ inline void write16(void* at, void* place) { __tsan_write16_pc(at, place); }
 
 // Meanwhile nothing that the calling thread touches is noted.
 struct Unnoted {
-    Unnoted() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
-    ~Unnoted() { AnnotateIgnoreReadsEnd("", 0), AnnotateIgnoreWritesEnd("", 0); }
+    Unnoted() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0), on = true; }
+    ~Unnoted() { end(); }
+    // Also for a thread that does not go on.
+    static void end() {
+        if (on) AnnotateIgnoreReadsEnd("", 0), AnnotateIgnoreWritesEnd("", 0);
+        on = false;
+    }
+    static inline thread_local bool on = false;
 };
 
 // The first race that was found on this thread of the host since it was taken.
@@ -125,6 +131,7 @@ inline void read16(const void*, void*) {}
 inline void write16(void*, void*) {}
 struct Unnoted {
     Unnoted() {}
+    static void end() {}
 };
 inline std::string take() { return {}; }
 
