@@ -254,7 +254,8 @@ mod emulate {
             }
             command
         };
-        let mut jobs = vec![(PathBuf::from("cuda/emulator/emulator.cpp"), compiler(false))];
+        let mut jobs: Vec<_> =
+            files("cuda/emulator", &["cpp"]).into_iter().map(|file| (file, compiler(false))).collect();
         jobs.extend(kernels.into_iter().map(|kernel| (kernel, compiler(true))));
         let objects = compile(&out.join("objects"), "o", jobs, "");
         // All of it, because nothing but its own registration refers to a kernel.

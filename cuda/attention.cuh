@@ -30,6 +30,12 @@ constexpr int prefill_f32_shared(int head_dim) {
     return ((PREFILL_F32_ROWS + PREFILL_F32_KEYS) * (head_dim + 4) + PREFILL_F32_ROWS * PREFILL_F32_WEIGHTS) * 4;
 }
 
+// attend_hopper_*: packed query rows of a block and its threads; two stages of K and V of 128 rows, the queries, 1 KiB for
+// barriers and 1 to begin at a multiple of it.
+constexpr int HOPPER_ROWS = 128;
+constexpr int HOPPER_THREADS = 384;
+template <int HD> constexpr int HOPPER_SHARED = (4 * 128 + HOPPER_ROWS) * HD * 2 + 2 * 1024;
+
 // attend_decode_*: query heads of a pass over the K/V; the sums, maximum and denominator of each from each warp.
 template <int HD> constexpr int DECODE_HEADS = HD > 128 ? 8 : 16;
 constexpr int DECODE_F32_HEADS = 4;

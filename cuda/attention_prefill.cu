@@ -1,135 +1,13 @@
 // Flash attention of many query rows (Dao, arXiv 2307.08691) over paged K/V by row ranges.
 //
-// The heads that share a K/V head are packed: of a K/V head with G query heads, packed row p is head p % G of query row
-// p / G. A block takes a tile of packed rows, so K/V are read once for the group, and walks the K/V of the sequences
-// its rows belong to, mostly one. K/V rows that no query of the tile sees are not read.
-//
 // Launch, with R = PREFILL_ROWS = 64, for f32 PREFILL_F32_ROWS = 32:
 //   grid (ceil(bound * heads / kv_heads / R), kv_heads), 128 threads,
 //   dynamic shared memory PREFILL_SHARED<HD>, for f32 prefill_f32_shared(head_dim), of which 99 KiB is the most.
 // HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim; what stands beyond head_dim is zero.
 
-#include "attention.cuh"
+#include "prefill.cuh"
 
 namespace {
-
-// K/V rows [key, key + KEYS) of the sequence whose query rows [begin, end) see some of [first, last).
-struct Tile {
-    uint32_t begin, end, first, last, key, slot;
-
-    // Before the first tile of query rows from `row` on.
-    static __device__ Tile before(uint32_t row) { return {row, row, 0, 0, 0, 0}; }
-
-    // The tile behind this one, if there is one, for query rows up to `limit`.
-    template <uint32_t KEYS> __device__ bool next(const AttendArgs& args, uint32_t limit) {
-        key += KEYS;
-        while (key >= last) {
-            if (end >= limit) return false;
-            begin = end;
-            slot = slot_of(args, begin);
-            // Its rows stand together: most often up to the limit, else up to where halving finds another.
-            end = limit;
-            uint32_t same = slot_of(args, limit - 1) == slot ? limit - 1 : begin;
-            while (end - same > 1) {
-                const uint32_t middle = (same + end) / 2;
-                if (slot_of(args, middle) == slot) same = middle;
-                else end = middle;
-            }
-            first = args.first[begin];
-            last = args.end[end - 1];
-            key = first / KEYS * KEYS;
-        }
-        return true;
-    }
-};
-
-// The packed rows of a block.
-struct Share {
-    uint32_t group, packed, limit; // query heads of the K/V head; the packed rows [packed, limit)
-    uint32_t rows_end;             // where the query rows end
-
-    // The longest ranges come first: the blocks that start last then fill the gaps that are left at the end.
-    template <uint32_t ROWS> __device__ bool take(const AttendArgs& args) {
-        const uint32_t n = count_of(args.rows);
-        group = args.heads / args.kv.kv_heads;
-        packed = (gridDim.x - 1 - blockIdx.x) * ROWS;
-        if (packed >= n * group) return false;
-        limit = min(packed + ROWS, n * group);
-        rows_end = (limit - 1) / group + 1;
-        if (blockIdx.y == 0 && threadIdx.x < WARP) {
-            note_attention(args, (packed + group - 1) / group, (limit + group - 1) / group, n);
-        }
-        return true;
-    }
-    __device__ size_t at(const AttendArgs& args, uint32_t p) const {
-        return query_at(args, p / group, blockIdx.y * group + p % group);
-    }
-};
-
-// The K/V rows of a tile that a packed row sees: `count` from `from` on.
-struct Seen {
-    uint32_t from, count;
-
-    static __device__ Seen of(const AttendArgs& args, const Share& share, const Tile& tile, uint32_t p) {
-        const uint32_t row = p / share.group;
-        if (p >= share.limit || row < tile.begin || row >= tile.end) return {0, 0};
-        return {args.first[row], args.end[row] - args.first[row]};
-    }
-    __device__ bool operator()(uint32_t key) const { return key - from < count; }
-};
-
-// What a warp holds of its 16 packed rows. A thread, with g = lane / 4 and t = lane % 4, has rows g and g + 8.
-template <int HD> struct Sums {
-    float out[HD / 8][4]; // sums of weight * V: columns 8i + 2t, 8i + 2t + 1 of row g, then of row g + 8
-    float top[2];         // the highest score
-    float total[2];       // the thread's part of the sum of weights
-
-    __device__ void clear() {
-#pragma unroll
-        for (auto& columns : out) columns[0] = columns[1] = columns[2] = columns[3] = 0.0f;
-        top[0] = top[1] = -INF;
-        total[0] = total[1] = 0.0f;
-    }
-};
-
-// Turns scores into weights, and the sums to the new maximum.
-template <int HD, int N> __device__ inline void soften(float (&scores)[N][4], Sums<HD>& sums, float scale2) {
-    float shrink[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float top = sums.top[r];
-#pragma unroll
-        for (int i = 0; i < N; i++) top = fmaxf(top, fmaxf(scores[i][2 * r], scores[i][2 * r + 1]));
-        top = fmaxf(top, __shfl_xor_sync(FULL, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(FULL, top, 2));
-        const float base = finite_top(top);
-        shrink[r] = weight_of(sums.top[r], base, scale2);
-        sums.top[r] = top;
-        float total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-#pragma unroll
-            for (int c = 2 * r; c < 2 * r + 2; c++) total += scores[i][c] = weight_of(scores[i][c], base, scale2);
-        }
-        sums.total[r] = sums.total[r] * shrink[r] + total;
-    }
-    // Behind the first tiles the maximum seldom grows: expected to save a tenth of the instructions of a tile.
-    if (!__any_sync(FULL, shrink[0] != 1.0f || shrink[1] != 1.0f)) return;
-#pragma unroll
-    for (auto& columns : sums.out) {
-        columns[0] *= shrink[0], columns[1] *= shrink[0];
-        columns[2] *= shrink[1], columns[3] *= shrink[1];
-    }
-}
-
-// The left operand of the second product: the weights of 16 K/V rows.
-template <class T>
-__device__ inline void pack_weights(uint32_t (&a)[4], const float (&low)[4], const float (&high)[4]) {
-    a[0] = pack<T>(low[0], low[1]);
-    a[1] = pack<T>(low[2], low[3]);
-    a[2] = pack<T>(high[0], high[1]);
-    a[3] = pack<T>(high[2], high[3]);
-}
 
 // sums.out += weights . V. `values`: the lane's part of V for load_matrices_transposed.
 template <class T, int HD, int N>
@@ -189,6 +67,7 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
     T* const queries = tiles + (HOLD ? 2 : 4) * PLANE;
     Share share;
     if (!share.take<PREFILL_ROWS>(args)) return;
+    if (threadIdx.x < WARP) share.note(args);
 
     // Threads that copy a row, at least one for each of its units; the rows of one go.
     constexpr int LANES = UNITS <= 4 ? 4 : UNITS <= 8 ? 8 : UNITS <= 16 ? 16 : 32, ROWS = ATTEND_THREADS / LANES;
@@ -244,8 +123,7 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
 #pragma unroll
             for (int k = 0; k < STEPS; k++) load_queries(k);
         }
-        // Of the warp's rows that belong to the tile's sequence: K/V rows that some see, and that all do.
-        uint32_t some_first, some_end, all_first, all_end;
+        View view;
         bool fresh = true;
         for (int stage = 0; more; stage ^= 1) {
             Tile next = tile;
@@ -254,17 +132,8 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
             __syncthreads(); // this tile is there, and nobody is at the one before
             if (follows) load_tile(next, stage ^ 1);
             copy_commit();
-            if (fresh) {
-                const uint32_t from = max(packed, tile.begin * share.group);
-                const uint32_t to = min(min(packed + 16, share.limit), tile.end * share.group);
-                some_first = some_end = all_first = all_end = 0;
-                if (from < to) {
-                    const uint32_t low = from / share.group, high = (to - 1) / share.group;
-                    some_first = args.first[low], some_end = args.end[high];
-                    if (to - from == 16) all_first = args.first[high], all_end = args.end[low];
-                }
-            }
-            if (tile.key < some_end && tile.key + KEYS > some_first) {
+            if (fresh) view = View::of<16>(args, share, tile, packed);
+            if (view.some<KEYS>(tile.key)) {
                 const T* const keys = tiles + stage * 2 * PLANE;
                 float scores[KEYS / 8][4] = {};
 #pragma unroll
@@ -278,22 +147,15 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
                         multiply_add<T>(scores[2 * i + 1], q[k], {b[2], b[3]});
                     }
                 }
-                const bool whole = tile.key >= all_first && tile.key + KEYS <= all_end;
+                const bool whole = view.all<KEYS>(tile.key);
                 Seen seen[2];
                 if (!whole) {
-#pragma unroll
-                    for (int r = 0; r < 2; r++) {
-                        seen[r] = Seen::of(args, share, tile, packed + g + 8 * r);
-#pragma unroll
-                        for (int i = 0; i < KEYS / 8; i++) {
-#pragma unroll
-                            for (int c = 0; c < 2; c++) {
-                                if (!seen[r](tile.key + 8 * i + 2 * t + c)) scores[i][2 * r + c] = -INF;
-                            }
-                        }
-                    }
+                    for (int r = 0; r < 2; r++) seen[r] = Seen::of(args, share, tile, packed + g + 8 * r);
+                    hide(scores, seen, tile.key);
                 }
-                soften(scores, sums, scale2);
+                float shrink[2];
+                soften(scores, sums, scale2, shrink);
+                sums.rescale(shrink);
                 const T* const values = keys + PLANE + by_rows;
                 if (apart && !whole) add_values_apart<T, HD>(sums, scores, values, tile.key, seen[0], seen[1]);
                 else add_values<T, HD>(sums, scores, values);
@@ -301,23 +163,14 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
             fresh = next.begin != tile.begin;
             tile = next, more = follows;
         }
-        bool finite = true;
-#pragma unroll
-        for (const auto& columns : sums.out) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) finite &= fabsf(columns[c]) < INF;
-        }
-        if (!__syncthreads_or(!finite) || apart) break;
+        if (!__syncthreads_or(!sums.finite()) || apart) break;
     }
 
     // Rows leave by way of shared memory, 16 bytes a thread, each warp's on its own.
     T* const own = tiles + 16 * warp * LINE;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float total = sums.total[r];
-        total += __shfl_xor_sync(FULL, total, 1);
-        total += __shfl_xor_sync(FULL, total, 2);
-        const float inverse = 1.0f / total;
+        const float inverse = sums.inverse(r);
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
             const float lo = sums.out[i][2 * r] * inverse, hi = sums.out[i][2 * r + 1] * inverse;
@@ -329,15 +182,7 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
     for (int j = 0; j < 16 * UNITS / WARP; j++) {
         const uint32_t i = lane + j * WARP, row = i / UNITS, column = i % UNITS * 8;
         if (packed + row >= share.limit || column >= kv.head_dim) continue;
-        const uint4 words = *(const uint4*)(own + row * LINE + column);
-        const size_t at = share.at(args, packed + row) + column;
-        if (args.type == TYPE<T>) {
-            *(uint4*)((T*)args.out + at) = words;
-        } else {
-            float x[8];
-            unpack8<T>(x, words);
-            store8_of(args.type, args.out, at, x);
-        }
+        store_sums<T>(args, share.at(args, packed + row) + column, *(const uint4*)(own + row * LINE + column));
     }
 }
 
@@ -352,6 +197,7 @@ __device__ void prefill_f32(const AttendArgs& args) {
     float* const weights = tile_room + KEYS * line; // of a K/V row that a query does not see: negative
     Share share;
     if (!share.take<ROWS>(args)) return;
+    if (threadIdx.x < WARP) share.note(args);
 
     const float scale2 = args.scale * LOG2E;
     const int row0 = threadIdx.x / 16 * 4, x = threadIdx.x % 16;

@@ -246,6 +246,18 @@ typedef struct AttendArgs {
     WorkCount *work;
 } AttendArgs;
 
+/* A matrix in memory and the box of it that a TMA copy takes, as cuTensorMapEncodeTiled writes it. */
+typedef struct TensorMap {
+    uint64_t words[16];
+} __attribute__((aligned(64))) TensorMap;
+
+/* attention_hopper.cu: the same for many rows. */
+typedef struct AttendHopperArgs {
+    /* All of kv.data as [*, head_dim], in boxes of [KV_PAGE, 64], their 16-byte units swizzled within 128 bytes. */
+    TensorMap pool;
+    AttendArgs attend;
+} AttendHopperArgs;
+
 /* skinny_gemm.cu: few rows through weights that are streamed once. */
 
 /* One product: out[i] = src[..]. weight^T + bias. */

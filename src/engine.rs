@@ -4,11 +4,11 @@ use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::backend::Draw;
-pub use crate::backend::Precision;
 use crate::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{self, CudaBackend};
 use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, Rates, SAMPLE_NONE, Take, mean, sigmoid};
+pub use crate::backend::{Kernels, Precision};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::kv::Slot;
@@ -48,6 +48,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// On the CPU.
     pub precision: Precision,
+    /// On a GPU.
+    pub kernels: Kernels,
     /// Tokens of a sequence, prompt and answer together; None: what the model was made for, at most 4096.
     pub context: Option<usize>,
     /// Sequences open at a time.
@@ -68,6 +70,7 @@ impl Default for Options {
             kv_dtype: None,
             threads: None,
             precision: Precision::F32,
+            kernels: Kernels::Auto,
             context: None,
             batch: 1,
             rows: None,
@@ -103,21 +106,27 @@ pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
 pub(crate) fn backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
     #[cfg(not(feature = "cuda"))]
     let _ = (dtype, fallback);
+    let hopper = options.kernels == Kernels::Hopper;
     let cpu = || {
-        Ok(Box::new(CpuBackend::new(options.threads, options.precision, options.kv_dtype.unwrap_or(DType::F32))?)
-            as Box<dyn Backend>)
+        if hopper {
+            let error = Error::new(Kind::Unsupported, "the kernels for Hopper run on a GPU, and this would be the CPU");
+            return Err(error.action("use --device cuda, or --kernels auto"));
+        }
+        let kv = options.kv_dtype.unwrap_or(DType::F32);
+        Ok(Box::new(CpuBackend::new(options.threads, options.precision, kv)?) as Box<dyn Backend>)
     };
     #[cfg(feature = "cuda")]
     let gpu = |device| {
         let dtype = options.dtype.unwrap_or(dtype);
-        Ok(Box::new(CudaBackend::new(device, dtype, options.kv_dtype.unwrap_or(dtype))?) as _)
+        let backend = CudaBackend::new(device, dtype, options.kv_dtype.unwrap_or(dtype))?;
+        Ok(Box::new(backend.with_kernels(options.kernels)?) as _)
     };
     match options.device {
         Device::Cpu => cpu(),
         #[cfg(feature = "cuda")]
         Device::Auto if !cuda::MODULES.is_empty() => match cuda::driver::Driver::open(0, cuda::MODULES) {
             Ok(driver) => gpu(Box::new(driver)),
-            Err(e) if e.kind() == Kind::Device => {
+            Err(e) if e.kind() == Kind::Device && !hopper => {
                 *fallback = Some(e);
                 cpu()
             }

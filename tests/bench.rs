@@ -9,13 +9,21 @@ use mindskip::Kind;
 use mindskip::backend::OpKind;
 use mindskip::bench::{OpRow, OpsPlan, Phase, Plan, Row, Setting, Subject, Way, measure, measure_ops};
 use mindskip::bundle::Bundle;
-use mindskip::engine::{Device, Precision};
+use mindskip::engine::{Device, Kernels, Precision};
 use mindskip::model::Routing;
 use mindskip::router::{Granularity, Keys, RouterSettings};
 use mindskip::tensor::DType;
 
 fn setting(device: Device, dtype: Option<DType>) -> Setting {
-    Setting { device, dtype, kv_dtype: None, threads: Some(2), precision: Precision::F32, memory: None }
+    Setting {
+        device,
+        dtype,
+        kv_dtype: None,
+        threads: Some(2),
+        precision: Precision::F32,
+        kernels: Kernels::Auto,
+        memory: None,
+    }
 }
 
 fn stories() -> Subject {

@@ -4,9 +4,13 @@
 mod common;
 
 use common::*;
+use std::ops::ControlFlow;
+
 use mindskip::Kind;
+use mindskip::backend::cuda::{CudaBackend, emulated::Emulated};
 use mindskip::bundle::Bundle;
-use mindskip::engine::{Device, Engine, Options, Seq};
+use mindskip::engine::{Device, Engine, Kernels, Options, Seq};
+use mindskip::generate::{Turn, generate};
 use mindskip::model::Routing;
 use mindskip::router::{Keys, RouterSettings};
 use mindskip::sample::{Sampler, SamplerSettings};
@@ -242,4 +246,67 @@ fn large_batches_shrink() {
     let gpu = run(emulated(DType::F32, 70));
     assert_close("logits", &gpu.0, &cpu.0, 1e-5);
     assert_eq!((gpu.1, gpu.2), (cpu.1, cpu.2));
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// The kernels for Hopper give the logits of the others but for roundings, and not to the last bit, so they did run.
+#[test]
+fn kernels_for_hopper_agree_with_the_others() {
+    let prompt = ids(150, 1536, 5);
+    let logits = |kernels, dtype, keys: Option<Keys>| {
+        let bundle = Bundle::embedded().unwrap();
+        let settings = |keys| RouterSettings { keys, ..RouterSettings::default() };
+        let routing = keys.map(|keys| random_gates(settings(keys), &[2, 3, 5, 6], 0.5));
+        let options = Options { kernels, chunk: Some(130), ..emulated(dtype, 1) };
+        let options = Options { context: Some(160), rows: Some(160), ..options };
+        let mut engine = Engine::new(bundle.config, bundle.weights, routing, &options).unwrap();
+        let seq = engine.open().unwrap();
+        engine.prefill(&[(seq, &prompt)]).unwrap().to_vec()
+    };
+    for (dtype, tolerance) in [(DType::F16, 1e-3), (DType::BF16, 8e-3)] {
+        for keys in [None, Some(Keys::All), Some(Keys::Active)] {
+            let [hopper, others] = [Kernels::Hopper, Kernels::Sm80].map(|kernels| logits(kernels, dtype, keys));
+            let what = format!("{dtype}, keys {keys:?}");
+            assert_close(&what, &hopper, &others, tolerance);
+            assert_ne!(bits(&hopper), bits(&others), "{what}");
+        }
+    }
+    // There are none for f32: the others do it.
+    let [hopper, auto] = [Kernels::Hopper, Kernels::Auto].map(|kernels| logits(kernels, DType::F32, None));
+    assert_eq!(bits(&hopper), bits(&auto));
+}
+
+#[test]
+fn kernels_for_hopper_generate() {
+    let answer = |kernels| {
+        let bundle = Bundle::embedded().unwrap();
+        let tokenizer = bundle.tokenizer().unwrap();
+        let options = Options { kernels, ..emulated(DType::BF16, 1) };
+        let mut engine = Engine::new(bundle.config, bundle.weights, None, &options).unwrap();
+        let prompt = tokenizer.encode("Tom had a red ball.", true).unwrap();
+        let turn = Turn { max_tokens: 8, ..Turn::new(engine.open().unwrap(), prompt).unwrap() };
+        let (answers, _) =
+            generate(&mut engine, &tokenizer, &mut [turn], &mut |_, _| ControlFlow::Continue(())).unwrap();
+        answers[0].tokens.clone()
+    };
+    let tokens = answer(Kernels::Hopper);
+    assert_eq!(tokens.len(), 8);
+    assert_eq!(tokens, answer(Kernels::Auto));
+}
+
+#[test]
+fn kernels_for_hopper_are_refused_elsewhere() {
+    let older = CudaBackend::new(Box::new(Emulated::of(1, (8, 9))), DType::BF16, DType::BF16).unwrap();
+    let error = older.with_kernels(Kernels::Hopper).err().unwrap();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    let text = error.to_string();
+    assert!(text.contains("compute capability 8.9") && text.ends_with("use --kernels auto"), "{text}");
+
+    let on_cpu = Options { device: Device::Cpu, kernels: Kernels::Hopper, ..Options::default() };
+    let error = stories(on_cpu, |s| s).err().unwrap();
+    assert_eq!(error.kind(), Kind::Unsupported);
+    assert!(error.to_string().ends_with("use --device cuda, or --kernels auto"), "{error}");
 }

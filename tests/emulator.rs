@@ -276,6 +276,93 @@ fn finds_overruns_that_fault_no_page_behind_the_kernel() {
     assert!(error.contains("wrote behind its 124 bytes of dynamic shared memory"), "{error}");
 }
 
+/// Sums over boxes of 64 rows: an error, or whether all numbers are right. Shared memory holds two boxes.
+fn box_sum(kernel: &str, seed: u64, boxes: usize) -> Result<bool, String> {
+    let _guard = seeded(seed);
+    let x = numbers(boxes * 64 * 64);
+    let bits: Vec<u16> = x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
+    let (bits, out) = (Buffer::of(&bits), Buffer::<f32>::new(boxes * 64 * 64));
+    launch(kernel, [1, 1, 1], 160, 2 * 8192 + 2048, box_args(&bits, &out, boxes))?;
+    Ok(out.get().iter().enumerate().all(|(i, &y)| {
+        let (at, column) = (i / 4096, i % 64);
+        y == (0..64).map(|row| x[(64 * at + row) * 64 + column]).sum::<f32>()
+    }))
+}
+
+#[test]
+fn copies_of_boxes_and_products_of_warpgroups() {
+    for seed in 0..50 {
+        assert_eq!(box_sum("emu_box_sum", seed, 1 + seed as usize % 5), Ok(true), "seed {seed}");
+    }
+    let x = numbers(192 * 64);
+    let expected =
+        |row: usize, column: usize| (0..64).map(|k| x[64 * row + k] * x[64 * (64 + column) + k]).sum::<f32>();
+    let as_f16: Vec<u16> = x.iter().map(|&x| f16::from_f32(x).to_bits()).collect();
+    let as_bf16: Vec<u16> = x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect();
+    for (kernel, bits) in [("emu_operands_f16", &as_f16), ("emu_operands_bf16", &as_bf16)] {
+        let _guard = seeded(1);
+        let out = Buffer::<f32>::new(64 * 128);
+        launch(kernel, [1, 1, 1], 128, 192 * 128 + 1024, args(&Buffer::of(bits), &out, 0)).unwrap();
+        for (i, &y) in out.get().iter().enumerate() {
+            assert_eq!(y, expected(i / 128, i % 128), "{kernel}, number {i}");
+        }
+    }
+    for seed in 0..20 {
+        let _guard = seeded(seed);
+        let out = Buffer::<f32>::new(97);
+        block("emu_turns", 96, args(&out, &out, 0)).unwrap();
+        assert!(out.get()[..96].iter().all(|&wrong| wrong == 0.0) && out.get()[96] == 1.0, "seed {seed}");
+    }
+}
+
+/// Faults that the emulator sees, whatever the order.
+#[test]
+fn finds_faults_of_copies_and_products() {
+    for (kernel, words) in [
+        ("emu_box_no_products_fence", "without products_fence"),
+        ("emu_box_touched", "touched while it was under way"),
+        ("emu_box_never_released", "deadlock: "),
+        ("emu_box_too_many_arrivals", "all 1 have arrived"),
+        ("emu_box_no_barrier", "is no barrier"),
+        ("emu_box_misaligned", "no multiple of 128"),
+        ("emu_box_overlapping", "another copy to that place"),
+        ("emu_box_left_out", "warps of a warpgroup multiply different things"),
+        ("emu_box_different_counts", "of which others come as to one of"),
+    ] {
+        for seed in 0..20 {
+            let error = box_sum(kernel, seed, 5).expect_err(kernel);
+            if seed == 0 {
+                println!("{error}");
+            }
+            assert!(error.contains(words), "{kernel}: {words:?} is not in {error:?}");
+        }
+    }
+    let _guard = seeded(1);
+    let (x, out) = (Buffer::of(&[0u16; 192 * 64]), Buffer::<f32>::new(64 * 128));
+    let error =
+        launch("emu_operands_no_fence", [1, 1, 1], 128, 192 * 128 + 1024, args(&x, &out, 0)).expect_err("no fence");
+    assert!(error.contains("without an async_fence"), "{error}");
+}
+
+/// Faults that show in some orders: as an error, or in the results.
+#[test]
+fn finds_copies_and_products_that_were_not_waited_for() {
+    let found = |kernel: &str| {
+        let count = (0..50).filter(|&seed| box_sum(kernel, seed, 5) != Ok(true)).count();
+        println!("{kernel}: {count} of 50");
+        count
+    };
+    assert_eq!(found("emu_box_sum"), 0);
+    assert_eq!(found("emu_box_no_wait_for_copy"), 50);
+    assert_eq!(found("emu_box_no_wait_for_product"), 50);
+    assert!(found("emu_box_released_early") > 15);
+    let left = |seed: &u64| {
+        let result = box_sum("emu_box_left_under_way", *seed, 3);
+        result.is_err_and(|error| error.contains("ended while copy_box was under way"))
+    };
+    assert!((0..50).filter(left).count() > 25);
+}
+
 #[test]
 fn refuses_launches() {
     let _guard = seeded(1);

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "async.h"
 #include "runtime.h"
 
 #define __global__

@@ -10,6 +10,7 @@
 // the compiler puts in (-fsanitize; their handlers are at the end). A build with EMU_RACES also finds accesses that
 // nothing orders (races.h).
 
+#include "async.h"
 #include "emulator.h"
 #include "races.h"
 #include "runtime.h"
@@ -302,10 +303,14 @@ void Worker::shuffle_warps() {
 
 // The next thread to run; null when none can.
 Fiber* Worker::pick() {
+    if (async_copies() && random.below(4) == 0) async_copy_piece();
     if (!warps[warp].ready) {
-        const uint32_t* next =
-            std::find_if(warp_order, warp_order + warp_count, [&](uint32_t w) { return warps[w].ready; });
-        if (next == warp_order + warp_count) return nullptr;
+        uint32_t *const end = warp_order + warp_count, *next;
+        const auto is_ready = [&](uint32_t w) { return warps[w].ready; };
+        while ((next = std::find_if(warp_order, end, is_ready)) == end) {
+            if (!async_copies()) return nullptr;
+            async_copy_piece(); // others may be waiting for it
+        }
         warp = *next;
     }
     Warp& w = warps[warp];
@@ -457,6 +462,7 @@ void Worker::start(uint64_t index) {
     dynamic_begin = dynamic_memory.end() - round_up(l.shared, 16);
     dynamic_end = dynamic_begin + l.shared;
     memset(dynamic_begin, POISON, dynamic_memory.end() - dynamic_begin);
+    async_begin();
 }
 
 void Worker::run(uint64_t index) {
@@ -482,7 +488,8 @@ void Worker::run(uint64_t index) {
             return report(text("wrote behind the shared variables of %s", text(s.site).c_str()));
     }
     if (!untouched(dynamic_end, dynamic_memory.end()))
-        report(text("wrote behind its %u bytes of dynamic shared memory", launch->shared));
+        return report(text("wrote behind its %u bytes of dynamic shared memory", launch->shared));
+    if (const std::string left = async_left(); !left.empty()) report(left);
 }
 
 void Worker::report(const std::string& what) {
@@ -646,6 +653,28 @@ void maybe_yield() {
     w.go_on();
 }
 
+void yield() {
+    Worker& w = *worker;
+    w.warps[w.current->thread.x / 32].ready |= 1u << w.current->lane;
+    if (w.warp_count > 1) w.shuffle_warps();
+    w.go_on();
+}
+
+Range dynamic_range() { return {worker->dynamic_begin, worker->dynamic_memory.end()}; }
+
+uint32_t draw(uint32_t below) { return worker->random.below(below); }
+
+void park(const char* what, Site site) {
+    worker->current->what = what;
+    worker->current->site = site;
+    worker->go_on();
+}
+
+void order_before(void* at) { races::release(at); }
+void order_after(void* at) { races::acquire(at); }
+
+void wake(uint32_t thread) { worker->warps[thread / 32].ready |= 1u << thread % 32; }
+
 void fence(bool of_block) {
     void* const at = of_block ? (void*)&worker->place : (void*)&worker->launch->fence;
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -739,8 +768,11 @@ int emu_launch(const void* handle, const uint32_t grid[3], uint32_t threads, uin
         return refuse("there are several kernels of this name");
 
     catch_signals();
-    std::vector<max_align_t> copied((args_size + sizeof(max_align_t) - 1) / sizeof(max_align_t));
-    if (args_size) memcpy(copied.data(), args, args_size);
+    struct alignas(64) Line {
+        char bytes[64];
+    };
+    std::vector<Line> copied((args_size + 63) / 64);
+    if (args_size) memcpy((void*)copied.data(), args, args_size);
     Launch launch;
     launch.kernel = &kernel;
     launch.place = {{}, {threads, 1, 1}, {grid[0], grid[1], grid[2]}};

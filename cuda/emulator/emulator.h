@@ -27,6 +27,11 @@ void emu_seed(uint64_t seed);
 void* emu_alloc(size_t size);
 void emu_free(void* buffer);
 
+/* A row-major matrix of numbers of `element` bytes in device memory, and the box of it that a copy takes, swizzled within
+ * 128 bytes. Returns other than 0 where cuTensorMapEncodeTiled would refuse. */
+int emu_tensor_map(uint64_t map[16], const void* base, uint64_t rows, uint64_t columns, uint32_t element,
+                   uint32_t box_rows, uint32_t box_columns);
+
 #ifdef __cplusplus
 }
 #endif

@@ -163,6 +163,19 @@ pub enum Precision {
     Bf16,
 }
 
+/// Which kernels a GPU runs where there are several for an op.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum Kernels {
+    /// Those that have proven themselves: [`Sm80`](Self::Sm80).
+    #[default]
+    Auto,
+    /// For compute capability 8.0 and up.
+    Sm80,
+    /// Attention of many rows by wgmma and TMA, on compute capability 9.0, in f16 and bf16 with a head_dim of 64 or 128;
+    /// the others for the rest.
+    Hopper,
+}
+
 /// FLOPs and bytes an op needs: multiply-adds count two, every operand is moved once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Cost {

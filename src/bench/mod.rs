@@ -19,7 +19,7 @@ pub use shapes::{SHAPES, shape};
 
 use crate::bundle::Bundle;
 use crate::config::Config;
-use crate::engine::{Device, Options, Precision};
+use crate::engine::{Device, Kernels, Options, Precision};
 use crate::error::{Error, Kind, Result};
 use crate::machine::Machine;
 use crate::memory::Budget;
@@ -95,13 +95,14 @@ pub struct Setting {
     pub kv_dtype: Option<DType>,
     pub threads: Option<usize>,
     pub precision: Precision,
+    pub kernels: Kernels,
     pub memory: Option<Budget>,
 }
 
 impl Setting {
     fn options(&self) -> Options {
-        let Setting { device, dtype, kv_dtype, threads, precision, memory } = *self;
-        Options { device, dtype, kv_dtype, threads, precision, memory, ..Options::default() }
+        let Setting { device, dtype, kv_dtype, threads, precision, kernels, memory } = *self;
+        Options { device, dtype, kv_dtype, threads, precision, kernels, memory, ..Options::default() }
     }
 
     /// The rates of the machine, and what is known of it, the subject and this program.

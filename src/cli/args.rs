@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use mindskip::Result;
 use mindskip::bundle::{Bundle, EMBEDDED};
-use mindskip::engine::{Device, Engine, Options, Precision};
+use mindskip::engine::{Device, Engine, Kernels, Options, Precision};
 use mindskip::memory::{Budget, parse_budget};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Overrides, RouterSet, RouterSettings, Select};
@@ -73,6 +73,14 @@ pub fn dtype(text: &str) -> Result<DType> {
     let all = [DType::F32, DType::F16, DType::BF16];
     let found = all.into_iter().find(|dtype| dtype.to_string() == text);
     found.map_or_else(|| bad(format!("no such type: {text}"), "give f32, f16 or bf16"), Ok)
+}
+pub fn kernels(text: &str) -> Result<Kernels> {
+    match text {
+        "auto" => Ok(Kernels::Auto),
+        "sm80" => Ok(Kernels::Sm80),
+        "hopper" => Ok(Kernels::Hopper),
+        _ => bad(format!("no such kernels: {text}"), "give auto, sm80 or hopper"),
+    }
 }
 pub fn granularity(text: &str) -> Result<Granularity> {
     text.parse()
@@ -167,6 +175,10 @@ pub struct RunArgs {
     /// f32, f16 or bf16 for K/V; as the activations when nothing is given, which are f32 on the CPU.
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     kv_dtype: Option<DType>,
+    /// On a GPU, where an op has several kernels: auto, sm80, or hopper, which has never run on a GPU: attention by wgmma and
+    /// TMA, on compute capability 9.0. auto is sm80.
+    #[arg(long, value_name = "WHICH", default_value = "auto", value_parser = kernels)]
+    kernels: Kernels,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -205,7 +217,7 @@ impl RunArgs {
     }
 
     pub fn options(&self, batch: usize, context: usize, rows: usize) -> Result<Options> {
-        let Self { device, dtype, kv_dtype, threads, memory, chunk, .. } = *self;
+        let Self { device, dtype, kv_dtype, kernels, threads, memory, chunk, .. } = *self;
         let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
         Ok(Options {
             device,
@@ -213,6 +225,7 @@ impl RunArgs {
             kv_dtype,
             threads,
             precision,
+            kernels,
             context: Some(self.context.unwrap_or(context)),
             batch,
             rows: Some(rows),

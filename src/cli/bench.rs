@@ -12,14 +12,14 @@ use mindskip::bench::{
 };
 use mindskip::bundle::{Bundle, EMBEDDED};
 use mindskip::config::Config;
-use mindskip::engine::{Device, Precision};
+use mindskip::engine::{Device, Kernels, Precision};
 use mindskip::memory::{Budget, parse_budget};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Level, RouterSet, RouterSettings, Target};
 use mindskip::tensor::DType;
 use mindskip::{Kind, Result};
 
-use super::args::{device, dtype, granularity, keys, layers};
+use super::args::{device, dtype, granularity, kernels, keys, layers};
 use super::progress::{catch_interrupts, interrupted};
 use super::{Outcome, Ran, bad};
 
@@ -126,6 +126,10 @@ struct On {
     /// On the CPU, what bf16 weights are multiplied with: f32 inputs, or inputs rounded to bf16.
     #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"], help_heading = "Machine")]
     precision: String,
+    /// On a GPU, where an op has several kernels: auto, sm80 or hopper.
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", value_parser = kernels,
+        help_heading = "Machine")]
+    kernels: Vec<Kernels>,
     /// What weights, activations and K/V may take together on the device, such as 8G or 90%.
     #[arg(long, value_name = "SIZE", value_parser = parse_budget, help_heading = "Machine")]
     memory: Option<Budget>,
@@ -176,12 +180,14 @@ impl On {
         for &device in &self.device {
             for dtype in each(&self.dtype) {
                 for kv_dtype in each(&self.kv_dtype) {
-                    settings.extend(each(&self.threads).map(|threads| Setting {
+                    let runs = each(&self.threads).flat_map(|threads| self.kernels.iter().map(move |&k| (threads, k)));
+                    settings.extend(runs.map(|(threads, kernels)| Setting {
                         device,
                         dtype,
                         kv_dtype,
                         threads,
                         precision,
+                        kernels,
                         memory: self.memory,
                     }));
                 }

@@ -118,7 +118,7 @@ mod cuda {
     #[cfg(feature = "emulate")]
     use mindskip::backend::cuda::emulated;
     use mindskip::backend::cuda::{self, ARCHITECTURES, MODULES, driver};
-    use mindskip::engine::Device;
+    use mindskip::engine::{Device, Kernels};
     use mindskip::memory::Size;
     use mindskip::{Error, Kind, Result};
     use serde_json::{Value, json};
@@ -140,7 +140,9 @@ mod cuda {
         let mut written = Ok(());
         let mut out = io::stdout().lock();
         cuda::verify(device, every, &mut |verdict| {
-            let (op, dtype, wrong) = (verdict.op.name(), verdict.dtype, verdict.failures.len());
+            let (dtype, wrong) = (verdict.dtype, verdict.failures.len());
+            let hopper = if verdict.kernels == Kernels::Hopper { ", hopper" } else { "" };
+            let op = format!("{}{hopper}", verdict.op.name());
             if wrong > 0 {
                 failed.push((format!("{op} in {dtype}"), wrong));
             }
@@ -151,7 +153,7 @@ mod cuda {
             } else {
                 let state = if wrong == 0 { "ok".into() } else { format!("{wrong} WRONG") };
                 let first = verdict.failures.first().map_or(String::new(), |text| format!("\n      {text}"));
-                format!("  {op:<12} {dtype:<5} {state:<9} {} cases{first}", verdict.cases)
+                format!("  {op:<14} {dtype:<5} {state:<9} {} cases{first}", verdict.cases)
             };
             if written.is_ok() {
                 written = writeln!(out, "{line}");

@@ -20,6 +20,15 @@ unsafe extern "C" {
     fn emu_seed(seed: u64);
     fn emu_alloc(size: usize) -> *mut c_void;
     fn emu_free(buffer: *mut c_void);
+    fn emu_tensor_map(
+        map: *mut u64,
+        base: *const c_void,
+        rows: u64,
+        columns: u64,
+        element: u32,
+        box_rows: u32,
+        box_columns: u32,
+    ) -> c_int;
 }
 
 /// Numbers in device memory.
@@ -52,7 +61,23 @@ impl<T: Copy> Drop for Buffer<T> {
     }
 }
 
-/// What all kernels of these tests take.
+/// What the kernels take that copy boxes of [64, 64] from rows of 64 numbers of 16 bits.
+#[repr(C, align(64))]
+pub struct BoxArgs {
+    map: [u64; 16],
+    out: *mut c_void,
+    n: u32,
+}
+
+pub fn box_args<O: Copy>(x: &Buffer<u16>, out: &Buffer<O>, n: usize) -> BoxArgs {
+    let (mut map, base) = ([0; 16], x.0.cast_const().cast());
+    // SAFETY: the map has 128 bytes; kernels look at the buffer only while it is there.
+    let refused = unsafe { emu_tensor_map(map.as_mut_ptr(), base, (x.1 / 64) as u64, 64, 2, 64, 64) };
+    assert_eq!(refused, 0);
+    BoxArgs { map, out: out.0.cast(), n: n as u32 }
+}
+
+/// What the other kernels of these tests take.
 #[repr(C)]
 pub struct Args {
     x: *const c_void,
@@ -64,13 +89,13 @@ pub fn args<X: Copy, O: Copy>(x: &Buffer<X>, out: &Buffer<O>, n: usize) -> Args 
     Args { x: x.0.cast_const().cast(), out: out.0.cast(), n: n as u32 }
 }
 
-pub fn launch(name: &str, grid: [u32; 3], threads: u32, shared: u32, args: Args) -> Result<(), String> {
+pub fn launch<A>(name: &str, grid: [u32; 3], threads: u32, shared: u32, args: A) -> Result<(), String> {
     let name = CString::new(name).unwrap();
     let mut error = [0 as c_char; 1024];
     // SAFETY: the strings end in 0, the arguments are what the kernel takes, and its pointers are of device memory.
     unsafe {
         let kernel = emu_kernel(name.as_ptr());
-        let (args, size) = ((&raw const args).cast(), size_of::<Args>());
+        let (args, size) = ((&raw const args).cast(), size_of::<A>());
         match emu_launch(kernel, grid.as_ptr(), threads, shared, args, size, error.as_mut_ptr(), error.len()) {
             0 => Ok(()),
             _ => Err(CStr::from_ptr(error.as_ptr()).to_str().unwrap().to_owned()),

@@ -66,6 +66,19 @@ pub struct Gemm {
     pub add: bool,
 }
 
+/// A row-major matrix of 16-bit numbers in the device's memory, and the box of it that a TMA copy takes, swizzled within 128
+/// bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Boxed {
+    pub at: Address,
+    pub rows: usize,
+    pub cols: usize,
+    /// F16 or BF16.
+    pub dtype: DType,
+    /// `[rows, cols]` of the box.
+    pub of: [u32; 2],
+}
+
 /// What stands in a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Description {
@@ -91,6 +104,9 @@ pub trait Device: Send {
 
     /// Memory that is freed with the device. Errors: Memory.
     fn allocate(&mut self, bytes: usize) -> Result<Address>;
+
+    /// A tensor map for TMA, as a kernel's arguments hold it. Errors: Device for what the hardware does not take.
+    fn tensor_map(&mut self, matrix: &Boxed) -> Result<[u64; 16]>;
 
     /// Copies from the host; `bytes` may be changed when this returns.
     fn copy_in(&mut self, to: Address, bytes: &[u8]) -> Result<()>;
@@ -171,6 +187,10 @@ impl Device for Lent {
 
     fn allocate(&mut self, bytes: usize) -> Result<Address> {
         self.device().allocate(bytes)
+    }
+
+    fn tensor_map(&mut self, matrix: &Boxed) -> Result<[u64; 16]> {
+        self.device().tensor_map(matrix)
     }
 
     fn copy_in(&mut self, to: Address, bytes: &[u8]) -> Result<()> {

@@ -5,7 +5,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use half::{bf16, f16};
 
-use super::device::{Address, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
+use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::DType;
 
@@ -19,6 +19,9 @@ unsafe extern "C" {
     fn emu_seed(seed: u64);
     fn emu_alloc(size: usize) -> *mut c_void;
     fn emu_free(buffer: *mut c_void);
+    fn emu_tensor_map(
+        map: *mut u64, base: *const c_void, rows: u64, columns: u64, element: u32, box_rows: u32, box_columns: u32,
+    ) -> c_int;
 }
 
 pub struct Emulated {
@@ -41,12 +44,17 @@ enum Recorded {
 impl Emulated {
     /// Threads of a block run in an order that is drawn from the seed.
     pub fn new(seed: u64) -> Self {
+        Self::of(seed, (9, 0))
+    }
+
+    /// With a compute capability: 9.0 is (9, 0).
+    pub fn of(seed: u64, compute_capability: (u32, u32)) -> Self {
         // SAFETY: takes a number.
         unsafe { emu_seed(seed) };
         Emulated {
             description: Description {
                 name: "emulated GPU".into(),
-                compute_capability: (8, 0),
+                compute_capability,
                 multiprocessors: 4,
                 shared_per_block: 227 << 10,
                 memory: 8 << 30,
@@ -121,6 +129,18 @@ impl Device for Emulated {
         ensure!(address != 0, Memory, "{bytes} bytes cannot be had");
         self.memory.push(Address(address));
         Ok(Address(address))
+    }
+
+    fn tensor_map(&mut self, matrix: &Boxed) -> Result<[u64; 16]> {
+        let &Boxed { at, rows, cols, dtype, of: [box_rows, box_cols] } = matrix;
+        let mut map = [0; 16];
+        // SAFETY: writes 128 bytes; a kernel looks at the matrix only while its memory is there.
+        let refused = unsafe {
+            let (base, size) = (at.0 as *const c_void, dtype.size() as u32);
+            emu_tensor_map(map.as_mut_ptr(), base, rows as u64, cols as u64, size, box_rows, box_cols)
+        };
+        ensure!(refused == 0, Device, "no tensor map describes {matrix:?}");
+        Ok(map)
     }
 
     fn copy_in(&mut self, to: Address, bytes: &[u8]) -> Result<()> {

@@ -437,6 +437,32 @@ const _: () = {
     ["Offset of field: AttendArgs::work"][::core::mem::offset_of!(AttendArgs, work) - 144usize];
 };
 #[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct TensorMap {
+    pub words: [u64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of TensorMap"][::core::mem::size_of::<TensorMap>() - 128usize];
+    ["Alignment of TensorMap"][::core::mem::align_of::<TensorMap>() - 64usize];
+    ["Offset of field: TensorMap::words"][::core::mem::offset_of!(TensorMap, words) - 0usize];
+};
+#[repr(C)]
+#[repr(align(64))]
+#[derive(Debug, Copy, Clone)]
+pub struct AttendHopperArgs {
+    pub pool: TensorMap,
+    pub attend: AttendArgs,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttendHopperArgs"][::core::mem::size_of::<AttendHopperArgs>() - 320usize];
+    ["Alignment of AttendHopperArgs"][::core::mem::align_of::<AttendHopperArgs>() - 64usize];
+    ["Offset of field: AttendHopperArgs::pool"][::core::mem::offset_of!(AttendHopperArgs, pool) - 0usize];
+    ["Offset of field: AttendHopperArgs::attend"][::core::mem::offset_of!(AttendHopperArgs, attend) - 128usize];
+};
+#[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct Product {
     pub weight: *const ::core::ffi::c_void,

@@ -29,7 +29,7 @@ use super::rates::best;
 use super::*;
 use crate::error::{Error, Kind, ensure};
 use crate::tensor::{DType, Tensor};
-use device::{Address, Device, Gemm, Graph};
+use device::{Address, Boxed, Device, Function, Gemm, Graph};
 use ops::Functions;
 use work::Accounts;
 
@@ -64,6 +64,8 @@ pub struct CudaBackend {
     device: Box<dyn Device>,
     info: DeviceInfo,
     functions: Functions,
+    /// With [`Kernels::Hopper`], by head_dim: see [`ops::HOPPER_HEADS`].
+    hopper: Option<[Function; 2]>,
     weights: Vec<Stored>,
     arena: Region,
     ints: Region,
@@ -117,6 +119,8 @@ struct Pool {
     /// Elements from the start of the integer arena: `[layers, slots, pages_per_seq]`, `[layers, slots]`.
     tables: usize,
     lens: usize,
+    /// Of the data, for the kernels that take it, where there are such for its shape.
+    map: Option<kernels::TensorMap>,
 }
 
 /// Bytes of page tables, lengths and tickets.
@@ -155,6 +159,7 @@ impl CudaBackend {
             device,
             info,
             functions,
+            hopper: None,
             weights: Vec::new(),
             arena: Region::NONE,
             ints: Region::NONE,
@@ -171,6 +176,20 @@ impl CudaBackend {
             recording: false,
             best_of: None,
         })
+    }
+
+    /// The same with other kernels than those of [`Kernels::Auto`].
+    ///
+    /// Errors: Unsupported for [`Kernels::Hopper`] on a GPU that has none of its instructions.
+    pub fn with_kernels(mut self, kernels: Kernels) -> Result<Self> {
+        self.hopper = match kernels {
+            Kernels::Auto | Kernels::Sm80 => None,
+            Kernels::Hopper => ops::find_hopper(self.device.as_mut(), self.info.kv)?,
+        };
+        if self.hopper.is_some() {
+            self.info.name += ", kernels for Hopper";
+        }
+        Ok(self)
     }
 
     fn region(&mut self, bytes: usize) -> Result<Region> {
@@ -308,7 +327,16 @@ impl Backend for CudaBackend {
         let values = PAGE * 2 * kv.kv_heads * kv.head_dim * kv.dtype.size();
         let data = self.device.allocate((kv.pages * values).max(1))?;
         let positions = self.device.allocate((kv.pages * PAGE * 4).max(1))?;
-        self.kv = Some(Pool { layout: *kv, data, positions, tables, lens });
+        let map = match self.hopper {
+            Some(_) if ops::HOPPER_HEADS.contains(&kv.head_dim) && kv.pages > 0 => {
+                let rows = kv.pages * kv.kv_heads * 2 * PAGE;
+                let of = [PAGE as u32, 64];
+                let pool = Boxed { at: data, rows, cols: kv.head_dim, dtype: kv.dtype, of };
+                Some(kernels::TensorMap { words: self.device.tensor_map(&pool)? })
+            }
+            _ => None,
+        };
+        self.kv = Some(Pool { layout: *kv, data, positions, tables, lens, map });
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use std::ptr::null;
 
-use super::device::{Function, Gemm, Launch};
+use super::device::{Description, Function, Gemm, Launch};
 use super::kernels::RowSet; // the kernels', not the contract's
 use super::kernels::*;
 use super::*;
@@ -43,6 +43,8 @@ const TILES: [usize; 4] = [8, 16, 32, 64];
 const MANY_ROWS: usize = 64;
 /// Values of head_dim that attention is compiled for; others are padded to the next.
 const HEADS: [usize; 6] = [32, 64, 80, 96, 128, 256];
+/// Values of head_dim that attend_hopper is compiled for.
+pub const HOPPER_HEADS: [usize; 2] = [64, 128];
 /// Blocks for each multiprocessor that the K/V of a decode step are dealt out to.
 const BLOCKS_EACH: usize = 4;
 /// K/V pages that are worth a block of their own: DECODE_PAGES of attention.cuh.
@@ -99,6 +101,25 @@ impl Functions {
             decode: heads("attend_decode", &mut find)?,
         })
     }
+}
+
+/// The kernels for compute capability 9.0, by head_dim; None where there are none for the type.
+///
+/// Errors: Unsupported on another GPU, Device when one is missing.
+pub fn find_hopper(device: &mut dyn Device, dtype: DType) -> Result<Option<[Function; 2]>> {
+    let &Description { ref name, compute_capability: (major, minor), .. } = device.description();
+    if (major, minor) != (9, 0) {
+        let text = format!("{name} has compute capability {major}.{minor}; the kernels for Hopper need 9.0");
+        return Err(Error::new(Kind::Unsupported, text).action("use --kernels auto"));
+    }
+    if dtype == DType::F32 {
+        return Ok(None);
+    }
+    let mut functions = [Function(0); 2];
+    for (function, head_dim) in functions.iter_mut().zip(HOPPER_HEADS) {
+        *function = device.function(&format!("attend_hopper_{dtype}_{head_dim}"))?;
+    }
+    Ok(Some(functions))
 }
 
 fn type_of(dtype: DType) -> u32 {
@@ -173,7 +194,7 @@ impl CudaBackend {
     }
 
     fn layer(&self, layer: usize) -> KvLayer {
-        let Pool { layout, data, positions, tables, lens } = self.kv();
+        let Pool { layout, data, positions, tables, lens, .. } = self.kv();
         let int = |at: usize| self.ints.start.plus(4 * at).0 as *mut u32;
         KvLayer {
             data: data.0 as *mut c_void,
@@ -547,6 +568,12 @@ impl Ops for CudaBackend {
             work,
         };
         let kv_heads = a.kv_heads as u32;
+        let hopper = HOPPER_HEADS.iter().position(|&head_dim| d == head_dim);
+        if let (false, Some(pool), Some(kernels), Some(which)) = (decode, self.kv().map, self.hopper, hopper) {
+            let grid = [(bound * group).div_ceil(128) as u32, kv_heads, 1];
+            let launch = Launch { grid, threads: 384, shared: ((4 * 128 + 128) * d * 2 + 2 * 1024) as u32 };
+            return self.launch(OP, kernels[which], launch, &AttendHopperArgs { pool, attend: args });
+        }
         let (function, grid, shared) = if decode {
             let shared = 4 * group.min(16) * (d + 2) * 4;
             (self.functions.decode[padded], [units as u32, kv_heads, 1], shared)

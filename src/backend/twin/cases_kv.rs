@@ -217,45 +217,54 @@ pub fn attend(types: Types) -> Vec<Case> {
     let many: Vec<_> = (0..41).map(|slot| (slot, if slot == 37 { 1500 } else { slot * 53 % 331 + 1 })).collect();
     let heads = Heads { head_dim: 16, kv_heads: 2, group: 2 };
     case("decode of many rows", heads, &many, &decode(&many), plain_values);
-    for (first, end) in [(511, 512), (511, 513), (512, 513), (512, 576), (64, 128), (63, 65), (500, 1030)] {
-        case(&format!("of [{first}, {end})"), heads, &[(0, 1100)], &[(0, first..end)], plain_values);
+    // Rows of several sequences in one block, each with much K/V, and blocks that are full.
+    for heads in [Heads { head_dim: 64, kv_heads: 1, group: 2 }, Heads { head_dim: 128, kv_heads: 2, group: 1 }] {
+        let lens = [(0, 700), (2, 500), (1, 130)];
+        let queries: Vec<_> = lens.iter().flat_map(|&(slot, n)| causal(slot, n - 40, 40)).collect();
+        case("long uneven sequences", heads, &lens, &queries, plain_values);
+        case("long prefill", heads, &[(1, 330)], &causal(1, 30, 300).collect::<Vec<_>>(), plain_values);
     }
-    let windows: Vec<_> = causal(0, 480, 70).map(|q| window(q, 90)).collect();
-    case("windows over a segment's border", heads, &[(0, 550)], &windows, plain_values);
-    // What keys=all leaves: active queries with rows between them that only hold K/V.
-    let jumps: Vec<_> = [1, 2, 40, 41, 64, 65, 66, 130, 513, 514].map(|end| (1, 0..end)).to_vec();
-    case("with jumps", heads, &[(1, 520)], &jumps, plain_values);
-    // Neighbours in a tile that see nothing in common.
-    let apart: Vec<_> = [3..5, 7..20, 30..31, 31..62, 64..65, 100..190, 190..200].map(|r| (1, r)).to_vec();
-    case("of ranges apart", heads, &[(1, 200)], &apart, plain_values);
-    case("of nothing", heads, &[(0, 3)], &[], plain_values);
-    case("of nothing", heads, &[(0, 3)], &[], plain_values);
+    for heads in [Heads { head_dim: 16, kv_heads: 2, group: 2 }, Heads { head_dim: 64, kv_heads: 1, group: 3 }] {
+        for (first, end) in [(511, 512), (511, 513), (512, 513), (512, 576), (64, 128), (63, 65), (500, 1030)] {
+            case(&format!("of [{first}, {end})"), heads, &[(0, 1100)], &[(0, first..end)], plain_values);
+        }
+        let windows: Vec<_> = causal(0, 480, 70).map(|q| window(q, 90)).collect();
+        case("windows over a segment's border", heads, &[(0, 550)], &windows, plain_values);
+        // What keys=all leaves: active queries with rows between them that only hold K/V.
+        let jumps: Vec<_> = [1, 2, 40, 41, 64, 65, 66, 130, 513, 514].map(|end| (1, 0..end)).to_vec();
+        case("with jumps", heads, &[(1, 520)], &jumps, plain_values);
+        // Neighbours in a tile that see nothing in common.
+        let apart: Vec<_> = [3..5, 7..20, 30..31, 31..62, 64..65, 100..190, 190..200].map(|r| (1, r)).to_vec();
+        case("of ranges apart", heads, &[(1, 200)], &apart, plain_values);
+        case("of nothing", heads, &[(0, 3)], &[], plain_values);
+        case("of nothing", heads, &[(0, 3)], &[], plain_values);
 
-    // K and V that are no numbers, in rows that only some of the queries see.
-    let rows: Vec<_> = causal(0, 0, 40).chain(causal(2, 0, 3)).collect();
-    let lens = [(0, 40), (2, 3)];
-    case("NaN in V", heads, &lens, &rows, |slot, row, col| {
-        let (k, v) = plain_values(slot, row, col);
-        (k, if (slot, row, col % 5) == (0, 23, 1) { f32::NAN } else { v })
-    });
-    case("inf in V", heads, &lens, &rows, |slot, row, col| {
-        let (k, v) = plain_values(slot, row, col);
-        (k, if (slot, row, col % 5) == (0, 23, 1) { f32::INFINITY } else { v })
-    });
-    case("NaN in K", heads, &lens, &rows, |slot, row, col| {
-        let (k, v) = plain_values(slot, row, col);
-        (if (slot, row, col) == (0, 23, 1) { f32::NAN } else { k }, v)
-    });
-    case("inf in K", heads, &lens, &rows, |slot, row, col| {
-        let (k, v) = plain_values(slot, row, col);
-        (if (slot, row, col) == (0, 23, 1) { f32::INFINITY } else { k }, v)
-    });
-    // A segment in which the only score is NaN.
-    let ends: Vec<_> = [(0, 511..512), (0, 511..513), (0, 511..600), (0, 512..600)].to_vec();
-    case("NaN in K, alone in its segment", heads, &[(0, 600)], &ends, |slot, row, col| {
-        let (k, v) = plain_values(slot, row, col);
-        (if row == 511 { f32::NAN } else { k }, v)
-    });
+        // K and V that are no numbers, in rows that only some of the queries see.
+        let rows: Vec<_> = causal(0, 0, 40).chain(causal(2, 0, 3)).collect();
+        let lens = [(0, 40), (2, 3)];
+        case("NaN in V", heads, &lens, &rows, |slot, row, col| {
+            let (k, v) = plain_values(slot, row, col);
+            (k, if (slot, row, col % 5) == (0, 23, 1) { f32::NAN } else { v })
+        });
+        case("inf in V", heads, &lens, &rows, |slot, row, col| {
+            let (k, v) = plain_values(slot, row, col);
+            (k, if (slot, row, col % 5) == (0, 23, 1) { f32::INFINITY } else { v })
+        });
+        case("NaN in K", heads, &lens, &rows, |slot, row, col| {
+            let (k, v) = plain_values(slot, row, col);
+            (if (slot, row, col) == (0, 23, 1) { f32::NAN } else { k }, v)
+        });
+        case("inf in K", heads, &lens, &rows, |slot, row, col| {
+            let (k, v) = plain_values(slot, row, col);
+            (if (slot, row, col) == (0, 23, 1) { f32::INFINITY } else { k }, v)
+        });
+        // A segment in which the only score is NaN.
+        let ends: Vec<_> = [(0, 511..512), (0, 511..513), (0, 511..600), (0, 512..600)].to_vec();
+        case("NaN in K, alone in its segment", heads, &[(0, 600)], &ends, |slot, row, col| {
+            let (k, v) = plain_values(slot, row, col);
+            (if row == 511 { f32::NAN } else { k }, v)
+        });
+    }
 
     // Scores that are exact: the first column of q is 1, the others are 0, the scale is 1.
     let scores: [(&str, Values); 5] = [
@@ -267,28 +276,30 @@ pub fn attend(types: Types) -> Vec<Case> {
         }),
         ("falling", |slot, row, col| (-0.5 * row as f32, plain_values(slot, row, col).1)),
     ];
-    for (name, values) in scores {
-        let heads = Heads { head_dim: 2, kv_heads: 2, group: 2 }.on(types);
+    for ((name, values), head_dim) in scores.into_iter().flat_map(|scores| [(scores, 2), (scores, 64)]) {
+        let heads = Heads { head_dim, kv_heads: 2, group: 2 }.on(types);
         let queries: Vec<_> = causal(1, 0, 21).chain([(1, 0..600), (1, 0..601)]).chain([(4, 0..70)]).collect();
         let mut s = heads.setup(types);
         write_history(&mut s, heads, &[History::of(1, 601), History::of(4, 70)], values);
         let q = |_, col| f32::from(u8::from(col % heads.head_dim == 0));
         let mut op = attention(&mut s, heads, &queries, Count::Host, 1.0, q);
         op.scale = 1.0;
-        cases.push(s.case(format!("attend, scores {name}"), Op::Attend(op)));
+        cases.push(s.case(format!("attend, scores {name}, head of {head_dim}"), Op::Attend(op)));
     }
     // Queries that are no numbers.
-    let heads = Heads { head_dim: 10, kv_heads: 2, group: 3 }.on(types);
-    let mut s = heads.setup(types);
-    write_history(&mut s, heads, &[History::of(0, 30)], plain_values);
-    let queries: Vec<_> = causal(0, 0, 30).collect();
-    let q = |i, col| match (i, col) {
-        (5, 17) => f32::NAN,
-        (11, 0) => f32::INFINITY,
-        _ => query_value(i, col),
-    };
-    let op = Op::Attend(attention(&mut s, heads, &queries, Count::Device(0), scale(heads), q));
-    cases.push(s.case("attend, NaN and inf in q".into(), op));
+    for head_dim in [10, 64] {
+        let heads = Heads { head_dim, kv_heads: 2, group: 3 }.on(types);
+        let mut s = heads.setup(types);
+        write_history(&mut s, heads, &[History::of(0, 30)], plain_values);
+        let queries: Vec<_> = causal(0, 0, 30).collect();
+        let q = |i, col| match (i, col) {
+            (5, 17) => f32::NAN,
+            (11, 0) => f32::INFINITY,
+            _ => query_value(i, col),
+        };
+        let op = Op::Attend(attention(&mut s, heads, &queries, Count::Device(0), scale(heads), q));
+        cases.push(s.case(format!("attend, NaN and inf in q, head of {head_dim}"), op));
+    }
     cases
 }
 

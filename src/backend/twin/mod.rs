@@ -56,6 +56,10 @@ impl Types {
     }
 }
 
+/// The ops that have kernels of their own with [`Kernels::Hopper`].
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+const HOPPER_OPS: &[OpKind] = &[OpKind::Attend];
+
 /// A comparison passes when |a − b| <= atol + rtol·|b|.
 #[derive(Debug, Clone, Copy)]
 struct Tolerance {

@@ -16,6 +16,8 @@ pub(super) struct Implementation {
     family: &'static str,
     /// Whether a row gives the same bits in every company.
     pub rows_are_independent: bool,
+    /// Ops that it has not in common with another implementation: only their cases are run.
+    only: &'static [OpKind],
     pub make: Box<dyn Fn() -> Box<dyn Backend>>,
 }
 
@@ -32,26 +34,37 @@ pub(super) fn implementations() -> Vec<Implementation> {
                 // `cpu::simd` promises the same bits wherever there is FMA; the SSE levels have none.
                 let family = if name.contains("sse") { "cpu without FMA" } else { "cpu" };
                 let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
-                all.push(Implementation { name, types, family, rows_are_independent: true, make });
+                all.push(Implementation { name, types, family, rows_are_independent: true, only: OpKind::ALL, make });
             }
         }
     }
     // Whatever order threads run in, the bits are the same.
     #[cfg(feature = "emulate")]
-    for (dtype, kv, weights) in [
-        (DType::F32, DType::F32, ALL),
-        (DType::F16, DType::F16, &ALL[1..2]),
-        (DType::BF16, DType::BF16, &ALL[2..]),
-        (DType::F32, DType::BF16, &ALL[..1]),
-        (DType::BF16, DType::F16, &ALL[2..]),
+    for (dtype, kv, kernels, weights) in [
+        (DType::F32, DType::F32, Kernels::Sm80, ALL),
+        (DType::F16, DType::F16, Kernels::Sm80, &ALL[1..2]),
+        (DType::F16, DType::F16, Kernels::Hopper, &ALL[1..2]),
+        (DType::BF16, DType::BF16, Kernels::Sm80, &ALL[2..]),
+        (DType::BF16, DType::BF16, Kernels::Hopper, &ALL[2..]),
+        (DType::F32, DType::BF16, Kernels::Sm80, &ALL[..1]),
+        (DType::F32, DType::BF16, Kernels::Hopper, &ALL[..1]),
+        (DType::BF16, DType::F16, Kernels::Sm80, &ALL[2..]),
+        (DType::BF16, DType::F16, Kernels::Hopper, &ALL[2..]),
     ] {
         use crate::backend::cuda::{CudaBackend, emulated::Emulated};
         for seed in [1, 2] {
-            let make = move || CudaBackend::new(Box::new(Emulated::new(seed)), dtype, kv).expect("an emulator");
-            let name = format!("{}, seed {seed}, K/V in {kv}", make().info().name);
+            let make = move || {
+                let backend = CudaBackend::new(Box::new(Emulated::new(seed)), dtype, kv).expect("an emulator");
+                backend.with_kernels(kernels).expect("all kernels")
+            };
+            let name = format!("{}, {kernels:?}, seed {seed}, K/V in {kv}", make().info().name);
             let types = Types { activations: dtype, kv, weights, held: Some(dtype), multiples: (8, 16) };
+            let (family, only) = match kernels {
+                Kernels::Hopper => ("cuda, Hopper", HOPPER_OPS),
+                _ => ("cuda", OpKind::ALL),
+            };
             let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
-            all.push(Implementation { name, types, family: "cuda", rows_are_independent: false, make });
+            all.push(Implementation { name, types, family, rows_are_independent: false, only, make });
         }
     }
     all
@@ -102,7 +115,7 @@ fn agree(kinds: &[OpKind]) {
             for case in cases {
                 let expected = Expected::of(&case, types);
                 let mut families: HashMap<&str, (&str, Outcome)> = HashMap::new();
-                for it in implementations.iter().filter(|i| i.types == types) {
+                for it in implementations.iter().filter(|i| i.types == types && i.only.contains(&kind)) {
                     let outcome = match attempt(it, &case) {
                         Ok(outcome) => outcome,
                         Err(text) => {

@@ -14,6 +14,7 @@ use crate::error::Result;
 pub struct Verdict {
     pub op: OpKind,
     pub dtype: DType,
+    pub kernels: Kernels,
     pub cases: usize,
     /// What is wrong, by case.
     pub failures: Vec<String>,
@@ -22,11 +23,12 @@ pub struct Verdict {
 }
 
 /// Runs the cases of every op on a device, in f32, f16 and bf16, or one of `every` so many, and tells `each` verdict as it
-/// comes.
+/// comes. Ops with kernels for Hopper are run with these too where the device has compute capability 9.0.
 ///
 /// Errors: Device when a backend cannot be built there, or the device has failed for good. What one case makes go wrong
 /// is a failure of its verdict.
 pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdict)) -> Result<()> {
+    let is_hopper = device.description().compute_capability == (9, 0);
     let device = Arc::new(Mutex::new(device));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let weights: &'static [DType] = match dtype {
@@ -45,18 +47,23 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
                     (case, expected)
                 })
                 .collect();
-            let mut verdict = Verdict { op, dtype, cases: expected.len(), failures: Vec::new(), worst: Vec::new() };
-            let mut worst = Worsts::default();
-            for (case, expected) in &expected {
-                let mut backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype, types.kv)?;
-                let result = perform(&mut backend, case).map_err(|e| e.to_string());
-                let result = result.and_then(|outcome| expected.compare(case, &outcome, &mut worst));
-                if let Err(text) = result {
-                    verdict.failures.push(format!("{}: {text}", case.name));
+            let hopper = is_hopper && types.kv != DType::F32 && HOPPER_OPS.contains(&op);
+            for kernels in [Kernels::Sm80].into_iter().chain(hopper.then_some(Kernels::Hopper)) {
+                let cases = expected.len();
+                let mut verdict = Verdict { op, dtype, kernels, cases, failures: Vec::new(), worst: Vec::new() };
+                let mut worst = Worsts::default();
+                for (case, expected) in &expected {
+                    let backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype, types.kv)?;
+                    let mut backend = backend.with_kernels(kernels)?;
+                    let result = perform(&mut backend, case).map_err(|e| e.to_string());
+                    let result = result.and_then(|outcome| expected.compare(case, &outcome, &mut worst));
+                    if let Err(text) = result {
+                        verdict.failures.push(format!("{}: {text}", case.name));
+                    }
                 }
+                verdict.worst = worst.lines(op).collect();
+                each(&verdict);
             }
-            verdict.worst = worst.lines(op).collect();
-            each(&verdict);
         }
     }
     Ok(())

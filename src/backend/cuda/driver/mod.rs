@@ -19,7 +19,7 @@ use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
 };
 
-use super::device::{Address, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
+use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::DType;
 pub use blas::version_text;
@@ -265,6 +265,38 @@ impl Device for Driver {
         self.memory.push(Owned(address, sys::cuMemFree_v2));
         self.counters.allocations += 1;
         Ok(Address(address))
+    }
+
+    fn tensor_map(&mut self, matrix: &Boxed) -> Result<[u64; 16]> {
+        self.enter()?;
+        let &Boxed { at, rows, cols, dtype, of: [box_rows, box_cols] } = matrix;
+        let kind = match dtype {
+            DType::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        };
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // The driver's order is columns, then rows.
+        let (dims, strides) = ([cols as u64, rows as u64], [(cols * dtype.size()) as u64]);
+        // SAFETY: a map is written, arrays of as many numbers as there are dimensions are read, of strides one less. The
+        // matrix is not touched here.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                kind,
+                2,
+                at.0 as *mut c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                [box_cols, box_rows].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        self.check(status, || format!("describing {matrix:?} to TMA"))?;
+        Ok(map.opaque)
     }
 
     fn copy_in(&mut self, to: Address, bytes: &[u8]) -> Result<()> {
