@@ -47,7 +47,7 @@ pub struct Buffers {
     pub x: Mat,
     /// `[R, head_dim]`, f32: cosines and sines of each row's position
     pub angles: Mat,
-    /// `[Lr·R, 1]`, f32: router logits, kept by layer so that a trace can read them after the step
+    /// `[Lr·R, 1]`, f32: router logits by layer, those of a step together; kept so that a trace can read them afterwards
     pub gate: Mat,
     /// `[C, hidden]`: normalised rows
     pub h: Mat,
