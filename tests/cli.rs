@@ -374,7 +374,6 @@ fn bad_input_gives_one_clear_error() {
     fails(&["generate", "x", "--temperature", "-1"], &["temperature is -1"]);
     fails(&["generate", "x", "--threads", "0"], &["threads"]);
     fails(&["generate", "x", "--device", "cuda"], &["use the CPU"]);
-    fails(&["generate", "x", "--kernels", "volta"], &["no such kernels", "auto, sm80 or hopper"]);
     fails(&["generate", "x", "--device", "cpu", "--kernels", "hopper"], &["run on a GPU", "--kernels auto"]);
     fails(&["bench", "--capacity", "0.5,2"], &["capacity is 2"]);
     fails(&["bench", "--prompt", "500", "--gen", "64"], &["566 tokens", "stories takes 512"]);

@@ -76,6 +76,7 @@ DOES(cuMemHostAlloc, (void **at, size_t bytes, unsigned flags), (void)flags, *at
 DESTROYS(cuMemFreeHost)
 DOES(cuMemcpyHtoDAsync_v2, (uint64_t to, const void *from, size_t n), memcpy((void *)to, from, n))
 DOES(cuMemcpyDtoHAsync_v2, (void *to, uint64_t from, size_t n), memcpy(to, (const void *)from, n))
+DOES(cuMemcpyDtoDAsync_v2, (uint64_t to, uint64_t from, size_t n), memcpy((void *)to, (const void *)from, n))
 DOES(cuMemsetD8Async, (uint64_t at, unsigned char x, size_t n), memset((void *)at, x, n))
 MAKES(cuStreamCreate, (void **stream), stream)
 DESTROYS(cuStreamDestroy_v2)
@@ -103,6 +104,7 @@ DOES(cuFuncGetParamInfo, (void *function, size_t which, size_t *offset, size_t *
      *offset = 0, *size = 8)
 #endif
 ANSWERS(cuLaunchKernel)
+ANSWERS(cuTensorMapEncodeTiled)
 
 #else
 

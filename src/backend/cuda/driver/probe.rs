@@ -32,9 +32,9 @@ pub(super) const DRIVER_SYMBOLS: &[&str] = &[
     "cuFuncGetParamInfo", "cuFuncSetAttribute", "cuGetErrorString", "cuGraphDestroy", "cuGraphExecDestroy",
     "cuGraphInstantiateWithFlags", "cuGraphLaunch", "cuGraphUpload", "cuInit", "cuLaunchKernel", "cuMemAlloc_v2",
     "cuMemFreeHost", "cuMemFree_v2", "cuMemGetInfo_v2", "cuMemHostAlloc", "cuMemcpyDtoDAsync_v2", "cuMemcpyDtoHAsync_v2",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemsetD8Async", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload", "cuStreamBeginCapture_v2",
-    "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamEndCapture", "cuStreamQuery", "cuStreamSynchronize", "cuTensorMapEncodeTiled",
+    "cuMemcpyHtoDAsync_v2", "cuMemsetD8Async", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload",
+    "cuStreamBeginCapture_v2", "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamEndCapture", "cuStreamQuery",
+    "cuStreamSynchronize", "cuTensorMapEncodeTiled",
 ];
 
 /// All symbols of cuBLASLt that are called; compared by the same test.
