@@ -2,11 +2,16 @@
 //!
 //! | | |
 //! | --- | --- |
+//! | [`data`] | text files to samples: tokens, and which of them are answers |
+//! | [`train`] | a run: batches, AdamW, the capacity controller, checkpoints |
 //! | [`Tuner`] | one step over some samples: losses, capacities, gradients of the routers |
 //! | [`plan`] | the memory of a step |
 
+mod checkpoint;
+pub mod data;
 mod pass;
 pub mod plan;
+pub mod train;
 
 use std::fmt;
 use std::str::FromStr;
