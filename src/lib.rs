@@ -10,6 +10,7 @@
 //! | bytes in, checked tables out | [`config`], [`weights`], [`tokenizer`], [`chat`], [`generation`], [`memory`], [`hub`], [`bundle`] |
 //! | the method | [`router`], [`model`], [`sample`] |
 //! | sequences and batches | [`engine`], [`generate`](mod@generate) |
+//! | Router-Tuning | [`tune`] |
 //! | measuring | [`bench`](mod@bench) |
 //!
 //! A program of ten lines that generates stands in the README. [`model`] reads like the paper; start there.
@@ -36,6 +37,7 @@ pub mod sample;
 mod step;
 pub mod tensor;
 pub mod tokenizer;
+pub mod tune;
 pub mod weights;
 
 pub use error::{Error, Kind, Result};

@@ -152,11 +152,7 @@ impl MemoryPlan {
         let mut place = Placer::default();
         let buffers =
             Buffers::place(config, routed.layers, limits, device.activations, &mut place).ok_or_else(too_large)?;
-        let available = match memory {
-            Some(Budget::Bytes(bytes)) => Some(bytes),
-            Some(Budget::Share(share)) => device.free_memory.map(|free| (free as f64 * share) as u64),
-            None => device.free_memory,
-        };
+        let available = allowed(memory, device.free_memory);
         let (arena, ints) = (place.bytes as u64, (place.ints * 4) as u64);
         let largest = Largest {
             rows,
@@ -227,27 +223,36 @@ impl MemoryPlan {
     }
 }
 
-fn too_large() -> Error {
+/// Bytes that may be used, of those that are free; None: any number.
+pub(crate) fn allowed(budget: Option<Budget>, free: Option<u64>) -> Option<u64> {
+    match budget {
+        Some(Budget::Bytes(bytes)) => Some(bytes),
+        Some(Budget::Share(share)) => free.map(|free| (free as f64 * share) as u64),
+        None => free,
+    }
+}
+
+pub(crate) fn too_large() -> Error {
     Error::new(Kind::Memory, "the buffers of this run are too large to address")
         .action("lower --context, --chunk or the number of prompts")
 }
 
 /// Hands out places in the arenas, one after the other.
 #[derive(Default)]
-struct Placer {
-    bytes: usize,
-    ints: usize,
+pub(crate) struct Placer {
+    pub bytes: usize,
+    pub ints: usize,
 }
 
 impl Placer {
-    fn mat(&mut self, rows: usize, cols: usize, dtype: DType) -> Option<Mat> {
+    pub fn mat(&mut self, rows: usize, cols: usize, dtype: DType) -> Option<Mat> {
         let offset = self.bytes;
         let bytes = rows.checked_mul(cols)?.checked_mul(dtype.size())?.checked_next_multiple_of(ALIGN)?;
         self.bytes = offset.checked_add(bytes)?;
         Some(Mat { offset, rows, cols, dtype })
     }
 
-    fn ints(&mut self, len: usize) -> Option<Ints> {
+    pub fn ints(&mut self, len: usize) -> Option<Ints> {
         let offset = self.ints;
         self.ints = offset.checked_add(len.checked_next_multiple_of(ALIGN / 4)?)?;
         Some(Ints { offset, len })

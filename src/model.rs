@@ -20,54 +20,54 @@ pub struct Model {
     pub config: Config,
     pub routing: Option<Routing>,
     /// `[vocab, hidden]`
-    embed: Weight,
-    layers: Vec<Layer>,
+    pub(crate) embed: Weight,
+    pub(crate) layers: Vec<Layer>,
     /// `[1, hidden]`
-    norm: Weight,
+    pub(crate) norm: Weight,
     /// `[vocab, hidden]`; the embedding when tied
-    head: Weight,
+    pub(crate) head: Weight,
     /// `[1, head_dim/2]`: radians per position
-    inv_freq: Weight,
+    pub(crate) inv_freq: Weight,
     /// The routers that were handed over last, and where they are held.
     routers: Option<(RouterSet, BTreeMap<usize, Weight>)>,
 }
 
 /// One decoder layer.
 #[derive(Debug)]
-struct Layer {
+pub(crate) struct Layer {
     /// `[1, hidden]`
-    input_norm: Weight,
+    pub(crate) input_norm: Weight,
     /// Q `[heads·head_dim, hidden]`, K and V `[kv_heads·head_dim, hidden]`
-    qkv: [Weight; 3],
-    qkv_bias: [Option<Weight>; 3],
+    pub(crate) qkv: [Weight; 3],
+    pub(crate) qkv_bias: [Option<Weight>; 3],
     /// `[1, head_dim]`
-    q_norm: Option<Weight>,
-    k_norm: Option<Weight>,
+    pub(crate) q_norm: Option<Weight>,
+    pub(crate) k_norm: Option<Weight>,
     /// `[hidden, heads·head_dim]`
-    o: Weight,
-    o_bias: Option<Weight>,
+    pub(crate) o: Weight,
+    pub(crate) o_bias: Option<Weight>,
     /// `[1, hidden]`
-    post_norm: Weight,
+    pub(crate) post_norm: Weight,
     /// `[intermediate, hidden]`
-    gate: Weight,
-    gate_bias: Option<Weight>,
-    up: Weight,
-    up_bias: Option<Weight>,
+    pub(crate) gate: Weight,
+    pub(crate) gate_bias: Option<Weight>,
+    pub(crate) up: Weight,
+    pub(crate) up_bias: Option<Weight>,
     /// `[hidden, intermediate]`
-    down: Weight,
-    down_bias: Option<Weight>,
+    pub(crate) down: Weight,
+    pub(crate) down_bias: Option<Weight>,
     /// Sliding window in tokens.
-    window: Option<usize>,
-    routed: Option<Routed>,
+    pub(crate) window: Option<usize>,
+    pub(crate) routed: Option<Routed>,
 }
 
 /// What makes a layer a routed one.
 #[derive(Debug, Clone, Copy)]
-struct Routed {
+pub(crate) struct Routed {
     /// Its number among the routed layers: where its logits and active rows are kept.
-    nth: usize,
+    pub(crate) nth: usize,
     /// `[1, hidden]`, f32; None when the host draws the logits ([`Gates::Random`])
-    router: Option<Weight>,
+    pub(crate) router: Option<Weight>,
 }
 
 /// What is wanted of the norm in front of a layer.
@@ -103,7 +103,7 @@ impl Routing {
     }
 
     /// The part that decides, in prefill or in decode (top-k is a matter of whole prompts).
-    fn decide(&self, phase: Phase) -> Decide {
+    pub(crate) fn decide(&self, phase: Phase) -> Decide {
         let s = &self.settings;
         match (s.granularity.level, s.select, phase, &self.gates) {
             // A drawn logit is far on either side of any threshold's logit but those of 0 and 1.
@@ -435,7 +435,7 @@ impl Model {
 }
 
 impl Layer {
-    fn router(&self) -> Option<Weight> {
+    pub(crate) fn router(&self) -> Option<Weight> {
         self.routed.and_then(|r| r.router)
     }
 }

@@ -51,7 +51,9 @@ macro_rules! named {
     };
 }
 
-fn no_choice(text: &str, choices: &[&str]) -> Error {
+pub(crate) use named;
+
+pub(crate) fn no_choice(text: &str, choices: &[&str]) -> Error {
     Error::new(Kind::Argument, format!("{text:?} is not one of {}", choices.join(", ")))
 }
 

@@ -8,6 +8,7 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+mod gradients;
 mod noise;
 mod ops;
 mod rates;
@@ -19,6 +20,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::tensor::{DType, Tensor};
 
+pub use gradients::*;
 pub use noise::Noise;
 pub(crate) use noise::mix;
 pub use ops::*;
@@ -187,6 +189,7 @@ pub struct Cost {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Meter {
     pub ops: [OpCount; OpKind::COUNT],
+    pub gradients: [OpCount; GradientKind::COUNT],
     pub kv_rows: u64,
 }
 
@@ -197,19 +200,24 @@ pub struct OpCount {
     pub cost: Cost,
 }
 
+impl OpCount {
+    fn add(&mut self, cost: Cost) {
+        self.calls += 1;
+        self.cost = self.cost + cost;
+    }
+}
+
 impl Meter {
     pub fn add(&mut self, op: OpKind, cost: Cost) {
-        let count = &mut self.ops[op as usize];
-        count.calls += 1;
-        count.cost.flops += cost.flops;
-        count.cost.bytes += cost.bytes;
+        self.ops[op as usize].add(cost);
+    }
+
+    pub fn add_gradient(&mut self, op: GradientKind, cost: Cost) {
+        self.gradients[op as usize].add(cost);
     }
 
     pub fn total(&self) -> Cost {
-        self.ops.iter().fold(Cost::default(), |sum, op| Cost {
-            flops: sum.flops + op.cost.flops,
-            bytes: sum.bytes + op.cost.bytes,
-        })
+        self.ops.iter().chain(&self.gradients).fold(Cost::default(), |sum, op| sum + op.cost)
     }
 }
 
@@ -297,6 +305,15 @@ pub trait Backend: Ops + Send {
     fn counters(&self) -> Counters {
         Counters::default()
     }
+}
+
+/// A backend that also goes backward.
+pub trait TrainingBackend: Backend + Gradients {
+    /// Runs the ops of one training step; see [`Backend::step`].
+    fn train(&mut self, body: &mut (dyn FnMut(&mut dyn TrainingBackend) -> Result<()> + Send)) -> Result<()>;
+
+    /// Gives an f32 vector that was uploaded other values: the routers, between two steps.
+    fn replace(&mut self, vector: Weight, values: &[f32]) -> Result<()>;
 }
 
 /// The score behind a router logit.

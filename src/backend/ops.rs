@@ -97,7 +97,7 @@ fn weight_bytes(w: Weight) -> u64 {
 }
 
 /// The cost of `rows` rows through a weight; nothing is read when there are none.
-fn linear(w: Weight, rows: usize, src: DType, out: DType) -> Cost {
+pub(super) fn linear(w: Weight, rows: usize, src: DType, out: DType) -> Cost {
     if rows == 0 {
         return Cost::default();
     }
@@ -112,7 +112,7 @@ impl std::ops::Add for Cost {
     }
 }
 
-fn check_linear(op: &str, w: Weight, src: Mat, bias: Option<Weight>, bound: usize) -> Result<()> {
+pub(super) fn check_linear(op: &str, w: Weight, src: Mat, bias: Option<Weight>, bound: usize) -> Result<()> {
     ensure!(src.cols == w.cols, Shape, "{op}: rows of {} do not fit a [{}, {}] weight", src.cols, w.rows, w.cols);
     if let Some(bias) = bias {
         check_vector(op, "bias", bias, w.rows)?;
@@ -120,12 +120,12 @@ fn check_linear(op: &str, w: Weight, src: Mat, bias: Option<Weight>, bound: usiz
     check_rows(op, "source", src, bound)
 }
 
-fn check_vector(op: &str, what: &str, w: Weight, len: usize) -> Result<()> {
+pub(super) fn check_vector(op: &str, what: &str, w: Weight, len: usize) -> Result<()> {
     ensure!((w.rows, w.cols) == (1, len), Shape, "{op}: a {what} of [{}, {}], not [1, {len}]", w.rows, w.cols);
     Ok(())
 }
 
-fn check_f32(op: &str, what: &str, m: Mat) -> Result<()> {
+pub(super) fn check_f32(op: &str, what: &str, m: Mat) -> Result<()> {
     ensure!(m.dtype == DType::F32, Shape, "{op}: {what} of {}, not f32", m.dtype);
     Ok(())
 }
@@ -135,17 +135,17 @@ fn check_set(op: &str, rows: RowSet) -> Result<()> {
     rows.count.map_or(Ok(()), |count| check_len(op, "row count", count, 1))
 }
 
-fn check_rows(op: &str, what: &str, m: Mat, bound: usize) -> Result<()> {
+pub(super) fn check_rows(op: &str, what: &str, m: Mat, bound: usize) -> Result<()> {
     ensure!(m.rows >= bound, Shape, "{op}: {what} holds {} rows, {bound} are needed", m.rows);
     Ok(())
 }
 
-fn check_out(op: &str, out: Mat, bound: usize, cols: usize) -> Result<()> {
+pub(super) fn check_out(op: &str, out: Mat, bound: usize, cols: usize) -> Result<()> {
     ensure!(out.cols == cols, Shape, "{op}: output of {} columns, {cols} are made", out.cols);
     check_rows(op, "output", out, bound)
 }
 
-fn check_len(op: &str, what: &str, ints: Ints, len: usize) -> Result<()> {
+pub(super) fn check_len(op: &str, what: &str, ints: Ints, len: usize) -> Result<()> {
     ensure!(ints.len >= len, Shape, "{op}: {what} holds {}, {len} are needed", ints.len);
     Ok(())
 }

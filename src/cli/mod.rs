@@ -10,6 +10,7 @@ mod inspect;
 mod progress;
 mod score;
 mod show;
+mod tune;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Bench(Box<bench::Bench>),
     Doctor(doctor::Doctor),
+    Tune(tune::Tune),
 }
 
 /// How a command ended.
@@ -60,6 +62,7 @@ pub fn main() -> ExitCode {
         Some(Command::Inspect(command)) => command.run(),
         Some(Command::Bench(command)) => command.run(),
         Some(Command::Doctor(command)) => command.run(),
+        Some(Command::Tune(command)) => command.run(),
     };
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

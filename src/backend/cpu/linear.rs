@@ -39,7 +39,7 @@ pub struct Source<'a> {
 
 impl<'a> Source<'a> {
     #[inline(always)]
-    fn row(&self, i: usize) -> &'a [f32] {
+    pub fn row(&self, i: usize) -> &'a [f32] {
         let at = self.index.map_or(i, |(index, base)| index[i] as usize - base);
         &self.data[at * self.width..][..self.width]
     }
@@ -142,7 +142,7 @@ impl Halves {
 }
 
 /// Rows of outputs cut into blocks of columns, as tasks for threads: the pieces of a block stand together, one for each row.
-struct Blocks<'o> {
+pub struct Blocks<'o> {
     pieces: Vec<&'o mut [f32]>,
     rows: usize,
     width: usize,
@@ -150,7 +150,7 @@ struct Blocks<'o> {
 }
 
 impl<'o> Blocks<'o> {
-    fn new(threads: &Threads, source: &Source, linear: &Linear, out: impl Iterator<Item = &'o mut [f32]>) -> Self {
+    pub fn new(threads: &Threads, source: &Source, linear: &Linear, out: impl Iterator<Item = &'o mut [f32]>) -> Self {
         let (rows, width) = (source.rows, linear.weight.len() / source.width);
         // Four blocks for each thread even out their speeds; 480 outputs are long enough to amortise a task's start.
         let block = width.div_ceil(4 * threads.count()).next_multiple_of(BLOCK).clamp(BLOCK, 10 * BLOCK);
@@ -165,7 +165,7 @@ impl<'o> Blocks<'o> {
     }
 
     /// The columns of each block and its pieces.
-    fn tasks<'p>(&'p mut self) -> impl Iterator<Item = (Range<usize>, &'p mut [&'o mut [f32]])> + use<'p, 'o> {
+    pub fn tasks<'p>(&'p mut self) -> impl Iterator<Item = (Range<usize>, &'p mut [&'o mut [f32]])> + use<'p, 'o> {
         let (block, width) = (self.block, self.width);
         let blocks = self.pieces.chunks_mut(self.rows.max(1)).enumerate();
         blocks.map(move |(b, pieces)| (b * block..((b + 1) * block).min(width), pieces))

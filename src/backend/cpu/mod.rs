@@ -1,6 +1,7 @@
 //! The CPU backend: f32 activations, K/V in f32 or 16 bits, weights in place in whatever they are stored, all cores.
 
 mod attention;
+mod backward;
 mod bf16;
 mod kv_pool;
 mod linear;
@@ -128,14 +129,18 @@ impl CpuBackend {
 impl CpuBackend {
     /// The matrices of an op, as disjoint parts of the arena. Errors: Shape when they overlap or are not f32.
     fn arena<const N: usize>(arena: &mut MmapMut, op: OpKind, mats: [Mat; N]) -> Result<[&mut [f32]; N]> {
+        Self::floats(arena, op.name(), mats)
+    }
+
+    fn floats<'a, const N: usize>(arena: &'a mut MmapMut, op: &str, mats: [Mat; N]) -> Result<[&'a mut [f32]; N]> {
         for mat in mats {
-            ensure!(mat.dtype == DType::F32, Shape, "{}: the CPU computes in f32, not {}", op.name(), mat.dtype);
+            ensure!(mat.dtype == DType::F32, Shape, "{op}: the CPU computes in f32, not {}", mat.dtype);
         }
         let floats: &mut [f32] = bytemuck::cast_slice_mut(arena);
         let ranges = mats.map(|m| m.offset / 4..m.offset / 4 + m.rows * m.cols);
         floats
             .get_disjoint_mut(ranges)
-            .map_err(|e| Error::new(Kind::Shape, format!("{}: buffers outside the arena or shared: {e}", op.name())))
+            .map_err(|e| Error::new(Kind::Shape, format!("{op}: buffers outside the arena or shared: {e}")))
     }
 
     /// The row numbers of a set.

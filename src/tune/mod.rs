@@ -1,0 +1,228 @@
+//! Router-Tuning (He et al., arXiv 2410.13184, section 3.2): the model is frozen, only its routers learn.
+//!
+//! | | |
+//! | --- | --- |
+//! | [`data`] | text files to samples: tokens, and which of them are answers |
+//! | [`train`] | a run: batches, AdamW, the capacity controller, checkpoints |
+//! | [`Tuner`] | one step over some samples: losses, capacities, gradients of the routers |
+//! | [`plan`] | the memory of a step |
+
+mod checkpoint;
+pub mod data;
+mod pass;
+pub mod plan;
+pub mod train;
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::backend::cpu::CpuBackend;
+use crate::backend::{Backend, Meter, Precision, TrainingBackend};
+use crate::config::Config;
+use crate::error::{Error, Kind, Result, ensure};
+use crate::model::{Layer, Model, Routing};
+use crate::router::{RouterSet, named, no_choice};
+use crate::tensor::DType;
+use crate::weights::Weights;
+use pass::{Lists, Pass};
+pub use pass::{StepOutcome, StepSettings};
+use plan::{StepLimits, StepPlan};
+
+named! {
+    /// What the loss compares the answers' distributions with.
+    Goal {
+        /// The answers.
+        Tokens = "lm",
+        /// The dense model's distributions.
+        Dense = "kl",
+    }
+}
+
+named! {
+    /// Whose masks have a gradient (the straight-through estimator).
+    Ste {
+        /// Everyone's: for skipped rows, too, the sub-layer is computed.
+        Full = "full",
+        /// The active rows'.
+        Active = "active",
+    }
+}
+
+/// A tokenised text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// At least two tokens.
+    pub ids: Vec<u32>,
+    /// By token: whether the loss counts it.
+    pub counts: Vec<bool>,
+    /// Where it is from: the number of its record, from 1.
+    pub record: usize,
+}
+
+impl Sample {
+    /// The tokens that pass the model: all but the last.
+    pub fn inputs(&self) -> &[u32] {
+        &self.ids[..self.ids.len() - 1]
+    }
+
+    /// The rows whose next token counts, and that token.
+    pub fn answers(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        (0u32..)
+            .zip(self.ids[1..].iter().zip(&self.counts[1..]))
+            .filter(|(_, (_, counts))| **counts)
+            .map(|(i, (&id, _))| (i, id))
+    }
+}
+
+/// A frozen model and its routers, with the memory of a step.
+pub struct Tuner {
+    model: Model,
+    backend: Box<dyn TrainingBackend>,
+    plan: StepPlan,
+    lists: Lists,
+}
+
+impl Tuner {
+    /// Plans the memory and loads the weights; the routers are those of the set. On the CPU, with so many threads or
+    /// one for every core; `goal` says whether there must be room for the dense model's distributions.
+    ///
+    /// Errors: as of [`StepPlan::new`], [`RouterSet::check`] and [`Weights::tensor`].
+    pub fn new(
+        config: Config,
+        weights: &Weights,
+        routers: RouterSet,
+        goal: Goal,
+        limits: StepLimits,
+        threads: Option<usize>,
+    ) -> Result<Self> {
+        routers.check(&config, &weights.fingerprint())?;
+        let first = *routers.weights.keys().next().ok_or_else(|| Error::new(Kind::Argument, "no layer is routed"))?;
+        let mut backend = CpuBackend::new(threads, Precision::F32, DType::F32)?;
+        let (free, bytes) = (backend.info().free_memory, weights.bytes() as u64);
+        let distill = goal == Goal::Dense;
+        let plan = StepPlan::new(&config, first, routers.weights.len(), distill, bytes, limits, free)?;
+        let model = Model::load(config, weights, Some(Routing::routers(routers)), &mut backend)?;
+        backend.reserve(plan.arena as usize, plan.ints as usize / 4, 0, &plan.kv)?;
+        Ok(Tuner { model, backend: Box::new(backend), plan, lists: Lists::default() })
+    }
+
+    /// Forward and backward over some samples. The gradients of the routers add up until they are read.
+    ///
+    /// Errors: Argument for no samples, or more and longer ones than were planned for; Numeric when a loss is not
+    /// finite.
+    pub fn step(&mut self, samples: &[&Sample], settings: &StepSettings) -> Result<StepOutcome> {
+        self.run(samples, settings.goal == Goal::Dense, |pass| {
+            let active = pass.forward(true)?;
+            let losses = pass.head(settings, true)?;
+            pass.backward(settings)?;
+            Ok((active, losses))
+        })
+    }
+
+    /// Forward alone, with the routers or as the dense model; what it finds.
+    ///
+    /// Errors: as of [`step`](Self::step).
+    pub fn evaluate(&mut self, samples: &[&Sample], goal: Goal, routed: bool) -> Result<StepOutcome> {
+        let settings =
+            StepSettings { goal, ste: Ste::Active, loss_scale: 0.0, lambda: 0.0, target: 1.0, capacity_scale: 0.0 };
+        self.run(samples, goal == Goal::Dense, |pass| {
+            pass.routed = routed;
+            Ok((pass.forward(false)?, pass.head(&settings, false)?))
+        })
+    }
+
+    fn run(
+        &mut self,
+        samples: &[&Sample],
+        distill: bool,
+        mut body: impl FnMut(&mut Pass) -> Result<(Vec<usize>, Vec<f32>)> + Send,
+    ) -> Result<StepOutcome> {
+        let StepLimits { rows: limit, samples: most, .. } = self.plan.limits;
+        let rows: usize = samples.iter().map(|s| s.inputs().len()).sum();
+        ensure!(!samples.is_empty(), Argument, "a step without samples");
+        ensure!(
+            rows <= limit && samples.len() <= most,
+            Argument,
+            "{} samples of {rows} tokens in a step for {most} of {limit}",
+            samples.len()
+        );
+        let vocab = self.model.config.vocab;
+        let known = samples.iter().all(|s| s.ids.iter().all(|&id| (id as usize) < vocab));
+        ensure!(known, Argument, "a token beyond the vocabulary of {vocab}");
+        let Tuner { model, backend, plan, lists } = self;
+        let mut found = (Vec::new(), Vec::new());
+        backend.train(&mut |be| {
+            let mut pass = Pass { be, model, plan, samples, routed: false, scores: None, lists: &mut *lists };
+            pass.begin()?;
+            if distill {
+                pass.forward(false)?;
+                pass.keep_dense()?;
+            }
+            pass.routed = true;
+            found = body(&mut pass)?;
+            Ok(())
+        })?;
+        let (active, losses) = found;
+        let mut each = losses.into_iter();
+        let of = |sample: &&Sample| each.by_ref().take(sample.answers().count()).map(f64::from).sum();
+        let losses: Vec<f64> = samples.iter().map(of).collect();
+        if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
+            let cause = format!("the loss of record {} is {}", samples[i].record, losses[i]);
+            return Err(Error::new(Kind::Numeric, cause).action("leave the record out, or lower --lr"));
+        }
+        Ok(StepOutcome { losses, active, rows, answers: samples.iter().map(|s| s.answers().count()).sum() })
+    }
+
+    /// The scores that the routers give the rows of some samples, of all routed layers; at sequence level each row has
+    /// its sequence's. Errors: as of [`step`](Self::step).
+    pub fn scores(&mut self, samples: &[&Sample]) -> Result<Vec<f32>> {
+        let mut scores = Vec::new();
+        self.run(samples, false, |pass| {
+            pass.scores = Some(Vec::new());
+            let active = pass.forward(false)?;
+            scores = pass.scores.take().expect("just put there");
+            Ok((active, Vec::new()))
+        })?;
+        Ok(scores)
+    }
+
+    /// The sums of the routers' gradients since they were read last, `[routed layers, hidden]`.
+    pub fn take_gradients(&mut self) -> Result<Vec<f32>> {
+        let from = self.plan.buffers.d_routers;
+        let mut values = vec![0.0; from.rows * from.cols];
+        self.backend.read_floats(from, &mut values)?;
+        self.backend.write_floats(from, &vec![0.0; from.rows * from.cols])?;
+        Ok(values)
+    }
+
+    /// Gives the routers other values, `[routed layers, hidden]`. Errors: Shape when there are more or fewer.
+    pub fn set_routers(&mut self, values: &[f32]) -> Result<()> {
+        let hidden = self.model.config.hidden;
+        let routers: Vec<_> = self.model.layers.iter().filter_map(Layer::router).collect();
+        ensure!(values.len() == routers.len() * hidden, Shape, "{} values for the routers", values.len());
+        routers.iter().zip(values.chunks(hidden)).try_for_each(|(&r, values)| self.backend.replace(r, values))
+    }
+
+    /// From which score on a row is active.
+    pub fn set_threshold(&mut self, threshold: f32) {
+        self.model.routing.iter_mut().for_each(|r| r.settings.threshold = threshold);
+    }
+
+    /// The routed layers, ascending.
+    pub fn layers(&self) -> &[usize] {
+        self.model.routing.as_ref().map_or(&[], |r| &r.layers)
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.model.config
+    }
+
+    pub fn plan(&self) -> &StepPlan {
+        &self.plan
+    }
+
+    /// FLOPs, bytes and calls by op.
+    pub fn meter(&mut self) -> &mut Meter {
+        self.backend.meter()
+    }
+}

@@ -1,0 +1,449 @@
+//! A training run: batches, AdamW, the capacity controller, checkpoints.
+//!
+//! Everything that a run depends on is in its settings, its data and the state that a checkpoint holds, so a run that
+//! was interrupted goes on to the same bits.
+
+use std::collections::BTreeMap;
+use std::f64::consts::PI;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::checkpoint;
+use super::data::Dataset;
+use super::{Goal, Sample, Ste, StepSettings, Tuner};
+use crate::backend::mix;
+use crate::error::{Error, Kind, Result};
+use crate::router::{RouterSet, RouterSettings, Select};
+
+/// Part of the steps in which the learning rate rises.
+const WARM_UP: f64 = 0.03;
+/// Of AdamW; there is no weight decay.
+const BETAS: (f32, f32) = (0.9, 0.999);
+const EPSILON: f32 = 1e-8;
+/// The controller's first lambda, its bounds, and how fast it moves: by e^(GAIN · (capacity − wanted)) a step.
+const LAMBDA: f64 = 0.1;
+const LAMBDAS: (f64, f64) = (1e-3, 10.0);
+const GAIN: f64 = 0.5;
+/// The part of a run over which the wanted capacity goes down to the target.
+const DESCENT: f64 = 0.5;
+/// Samples whose scores place the threshold, how often at most, and how near the capacity has to come.
+const CALIBRATION: usize = 128;
+const CALIBRATIONS: usize = 6;
+const NEAR: f64 = 0.004;
+
+/// What a run is to do.
+#[derive(Debug, Clone, Serialize)]
+pub struct TrainSettings {
+    #[serde(skip)]
+    pub router: RouterSettings,
+    pub goal: &'static str,
+    pub ste: &'static str,
+    /// Of AdamW, at its highest.
+    pub lr: f32,
+    /// The capacity that is wanted.
+    pub target: f32,
+    /// Of the penalty; None: the controller's.
+    pub lambda: Option<f32>,
+    /// Whether the threshold is placed at the end, so that the capacity is the one that was asked for.
+    pub calibrate: bool,
+    /// Samples of a batch.
+    pub batch: usize,
+    pub steps: usize,
+    pub seed: u64,
+    /// Part of the samples that is held out.
+    pub val_split: f64,
+}
+
+impl TrainSettings {
+    fn goal(&self) -> Goal {
+        self.goal.parse().expect("a name")
+    }
+
+    fn ste(&self) -> Ste {
+        self.ste.parse().expect("a name")
+    }
+
+    /// Whether lambda is the controller's. With top-k the capacity is what it is.
+    fn is_controlled(&self) -> bool {
+        self.lambda.is_none() && self.router.select == Select::Threshold
+    }
+
+    /// Errors: Argument, naming the number that is out of range.
+    pub fn check(&self) -> Result<()> {
+        let positive = |name: &str, value: f64, fits: bool, range: &str| {
+            if fits {
+                Ok(())
+            } else {
+                Err(Error::new(Kind::Argument, format!("{name} is {value}")).action(format!("give {range}")))
+            }
+        };
+        let (lr, target) = (f64::from(self.lr), f64::from(self.target));
+        positive("--lr", lr, lr > 0.0 && lr.is_finite(), "a positive number")?;
+        positive("--target-capacity", target, (0.0..=1.0).contains(&target), "a share from 0 to 1")?;
+        let lambda = f64::from(self.lambda.unwrap_or(0.0));
+        positive("--lambda", lambda, lambda >= 0.0 && lambda.is_finite(), "0 or a positive number")?;
+        positive("--batch", self.batch as f64, self.batch > 0, "1 or more")?;
+        positive("--steps", self.steps as f64, self.steps > 0, "1 or more")?;
+        positive("--val-split", self.val_split, (0.0..1.0).contains(&self.val_split), "a share from 0 to below 1")?;
+        self.router.check()
+    }
+}
+
+/// What changes from step to step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainState {
+    /// Steps that were taken.
+    pub step: usize,
+    /// `[routed layers, hidden]`: the routers, and AdamW's running means of their gradients and of the squares.
+    pub routers: Vec<f32>,
+    pub means: Vec<f32>,
+    pub squares: Vec<f32>,
+    pub lambda: f64,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepReport {
+    /// From 1.
+    pub step: usize,
+    /// Of an answer token.
+    pub loss: f64,
+    /// The share of active (token, routed layer) pairs, and by routed layer.
+    pub capacity: f64,
+    pub capacities: Vec<f64>,
+    pub lambda: f64,
+    pub lr: f64,
+    /// Tokens that passed the layers.
+    pub tokens: usize,
+}
+
+/// How good a model is on some samples.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// Of an answer token.
+    pub loss: f64,
+    pub capacity: f64,
+}
+
+/// A run, from its first step or from a checkpoint.
+pub struct Trainer {
+    tuner: Tuner,
+    settings: TrainSettings,
+    training: Vec<Sample>,
+    held_out: Vec<Sample>,
+    pub state: TrainState,
+    /// Of this run: what a checkpoint must agree with.
+    identity: String,
+    fingerprint: String,
+    hash: String,
+}
+
+impl Trainer {
+    /// Errors: Argument for settings out of range, or when nothing is left to train with.
+    pub fn new(tuner: Tuner, settings: TrainSettings, data: Dataset, fingerprint: String) -> Result<Self> {
+        settings.check()?;
+        let hash = data.hash;
+        let mut samples = data.samples;
+        shuffle(&mut samples, mix(settings.seed ^ 0x5eed));
+        let held = (samples.len() as f64 * settings.val_split).round() as usize;
+        if held == samples.len() {
+            return Err(
+                Error::new(Kind::Argument, format!("all {held} samples are held out")).action("lower --val-split")
+            );
+        }
+        let held_out = samples.split_off(samples.len() - held);
+        let values = tuner.layers().len() * tuner.config().hidden;
+        let zeros = vec![0.0; values];
+        let state = TrainState {
+            step: 0,
+            routers: zeros.clone(),
+            means: zeros.clone(),
+            squares: zeros,
+            lambda: settings.lambda.map_or(if settings.is_controlled() { LAMBDA } else { 0.0 }, f64::from),
+        };
+        let identity = serde_json::json!({
+            "settings": settings,
+            "router": format!("{:?}", settings.router),
+            "layers": tuner.layers(),
+            "rows": tuner.plan().limits.rows,
+            "data": hash,
+            "model": fingerprint,
+        });
+        let identity = identity.to_string();
+        Ok(Trainer { tuner, settings, training: samples, held_out, state, identity, fingerprint, hash })
+    }
+
+    pub fn settings(&self) -> &TrainSettings {
+        &self.settings
+    }
+
+    pub fn tuner(&mut self) -> &mut Tuner {
+        &mut self.tuner
+    }
+
+    pub fn training(&self) -> &[Sample] {
+        &self.training
+    }
+
+    pub fn held_out(&self) -> &[Sample] {
+        &self.held_out
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.state.step >= self.settings.steps
+    }
+
+    /// The next step: the gradients of a batch, and AdamW. On an error the state is as before.
+    ///
+    /// Errors: Numeric, naming the step and the record, for a loss that is not finite.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let (s, step) = (&self.settings, self.state.step);
+        self.tuner.set_routers(&self.state.routers)?;
+        let batch = self.batch();
+        let batch: Vec<&Sample> = batch.iter().map(|&i| &self.training[i]).collect();
+        let answers: usize = batch.iter().map(|s| s.answers().count()).sum();
+        let rows: usize = batch.iter().map(|s| s.inputs().len()).sum();
+        let settings = StepSettings {
+            goal: s.goal(),
+            ste: s.ste(),
+            loss_scale: 1.0 / answers as f32,
+            lambda: self.state.lambda as f32,
+            target: s.target,
+            capacity_scale: 1.0 / rows as f32,
+        };
+        let mut sum = Sum::new(self.tuner.layers().len());
+        for part in pack(&batch, &self.tuner) {
+            let outcome = self.tuner.step(part, &settings).map_err(|e| e.during(format!("taking step {}", step + 1)));
+            match outcome {
+                Ok(outcome) => sum.add(&outcome),
+                Err(e) => {
+                    self.tuner.take_gradients()?;
+                    return Err(e);
+                }
+            }
+        }
+        let gradients = self.tuner.take_gradients()?;
+        if let Some(i) = gradients.iter().position(|g| !g.is_finite()) {
+            let layer = self.tuner.layers()[i / self.tuner.config().hidden];
+            let cause = format!("the gradient of the router of layer {layer} is {} in step {}", gradients[i], step + 1);
+            return Err(Error::new(Kind::Numeric, cause).action("check the records of the batch, or lower --lr"));
+        }
+        let lr = self.learning_rate();
+        self.adamw(&gradients, lr as f32);
+        let report = StepReport {
+            step: step + 1,
+            loss: sum.loss(),
+            capacity: sum.capacity(),
+            capacities: sum.capacities(),
+            lambda: self.state.lambda,
+            lr,
+            tokens: rows,
+        };
+        self.control(report.capacity);
+        self.state.step += 1;
+        Ok(report)
+    }
+
+    /// The samples of the next batch: every epoch has an order of its own.
+    fn batch(&self) -> Vec<usize> {
+        let (n, start) = (self.training.len(), self.state.step * self.settings.batch);
+        let mut batch = Vec::with_capacity(self.settings.batch);
+        let mut order = (usize::MAX, Vec::new());
+        for k in start..start + self.settings.batch {
+            let epoch = k / n;
+            if order.0 != epoch {
+                let mut all: Vec<usize> = (0..n).collect();
+                shuffle(&mut all, mix(self.settings.seed ^ mix(epoch as u64 + 1)));
+                order = (epoch, all);
+            }
+            batch.push(order.1[k % n]);
+        }
+        batch
+    }
+
+    /// Rises in the first steps, then half a cosine down to 0.
+    fn learning_rate(&self) -> f64 {
+        let (step, steps) = (self.state.step as f64, self.settings.steps as f64);
+        let warm = (steps * WARM_UP).ceil();
+        let share = match step < warm {
+            true => (step + 1.0) / warm,
+            false => 0.5 * (1.0 + (PI * (step - warm) / (steps - warm)).cos()),
+        };
+        f64::from(self.settings.lr) * share
+    }
+
+    fn adamw(&mut self, gradients: &[f32], lr: f32) {
+        let TrainState { step, routers, means, squares, .. } = &mut self.state;
+        let steps = *step as i32 + 1;
+        let (mean_scale, square_scale) = (1.0 - BETAS.0.powi(steps), 1.0 - BETAS.1.powi(steps));
+        for (i, &g) in gradients.iter().enumerate() {
+            means[i] += (1.0 - BETAS.0) * (g - means[i]);
+            squares[i] += (1.0 - BETAS.1) * (g * g - squares[i]);
+            routers[i] -= lr * (means[i] / mean_scale) / ((squares[i] / square_scale).sqrt() + EPSILON);
+        }
+    }
+
+    /// Moves lambda to where the capacity goes down to the target in time.
+    fn control(&mut self, capacity: f64) {
+        if !self.settings.is_controlled() {
+            return;
+        }
+        let progress = (self.state.step + 1) as f64 / self.settings.steps as f64;
+        let wanted = 1.0 - (1.0 - f64::from(self.settings.target)) * (progress / DESCENT).min(1.0);
+        let lambda = self.state.lambda * (GAIN * (capacity - wanted)).exp();
+        self.state.lambda = lambda.clamp(LAMBDAS.0, LAMBDAS.1);
+    }
+
+    /// Places the threshold so that the capacity on training samples is the target. What a layer decides changes the
+    /// scores of those above it, so this takes some rounds. Returns the threshold.
+    fn calibrate(&mut self) -> Result<f32> {
+        let (target, mut threshold) = (f64::from(self.settings.target), self.settings.router.threshold);
+        let samples: Vec<&Sample> = self.training.iter().take(CALIBRATION).collect();
+        let mut best = (f64::INFINITY, threshold);
+        for _ in 0..CALIBRATIONS {
+            self.tuner.set_threshold(threshold);
+            let mut scores = Vec::new();
+            for part in pack(&samples, &self.tuner) {
+                scores.append(&mut self.tuner.scores(part)?);
+            }
+            scores.sort_by(|a, b| b.total_cmp(a));
+            let n = scores.len();
+            let error = (scores.partition_point(|&s| s >= threshold) as f64 / n as f64 - target).abs();
+            if error < best.0 {
+                best = (error, threshold);
+            }
+            if error < NEAR {
+                break;
+            }
+            let wanted = ((target * n as f64).round() as usize).min(n - 1);
+            threshold = scores[wanted.saturating_sub(1)].midpoint(scores[wanted]).clamp(0.0, 1.0);
+        }
+        self.tuner.set_threshold(best.1);
+        Ok(best.1)
+    }
+
+    /// The loss of an answer token, and the capacity; None without samples. `routed`: with the routers, or the dense
+    /// model.
+    pub fn evaluate(&mut self, routed: bool) -> Result<Option<Evaluation>> {
+        if self.held_out.is_empty() {
+            return Ok(None);
+        }
+        self.tuner.set_routers(&self.state.routers)?;
+        let samples: Vec<&Sample> = self.held_out.iter().collect();
+        let mut sum = Sum::new(if routed { self.tuner.layers().len() } else { 0 });
+        for part in pack(&samples, &self.tuner) {
+            // What users see is the loss of the text, whatever was trained for.
+            sum.add(&self.tuner.evaluate(part, Goal::Tokens, routed)?);
+        }
+        Ok(Some(Evaluation { loss: sum.loss(), capacity: sum.capacity() }))
+    }
+
+    /// Ends a run: the threshold, what the routers do on the held-out samples, and the set to be saved. `dense` is what
+    /// the dense model does there.
+    pub fn finish(&mut self, dense: Option<Evaluation>) -> Result<(RouterSet, Option<Evaluation>)> {
+        self.tuner.set_routers(&self.state.routers)?;
+        let mut settings = self.settings.router;
+        if self.settings.calibrate && settings.select == Select::Threshold {
+            settings.threshold = self.calibrate()?;
+        }
+        let routed = self.evaluate(true)?;
+        let s = &self.settings;
+        let mut metadata: BTreeMap<String, String> = [
+            ("data_hash", self.hash.clone()),
+            ("goal", s.goal.into()),
+            ("ste", s.ste.into()),
+            ("lr", s.lr.to_string()),
+            ("lambda", s.lambda.map_or("controlled".into(), |l| l.to_string())),
+            ("target_capacity", s.target.to_string()),
+            ("batch", s.batch.to_string()),
+            ("steps", self.state.step.to_string()),
+            ("seed", s.seed.to_string()),
+            ("val_split", s.val_split.to_string()),
+        ]
+        .map(|(key, value)| (key.to_string(), value))
+        .into();
+        if let (Some(dense), Some(routed)) = (dense, routed) {
+            metadata.insert("heldout_loss_dense".into(), format!("{:.4}", dense.loss));
+            metadata.insert("heldout_loss_routed".into(), format!("{:.4}", routed.loss));
+            metadata.insert("heldout_capacity".into(), format!("{:.4}", routed.capacity));
+        }
+        let hidden = self.tuner.config().hidden;
+        let weights = self.tuner.layers().iter().copied().zip(self.state.routers.chunks(hidden).map(<[f32]>::to_vec));
+        let set = RouterSet {
+            settings,
+            weights: weights.collect(),
+            fingerprint: Some(self.fingerprint.clone()),
+            metadata,
+            path: "".into(),
+        };
+        Ok((set, routed))
+    }
+
+    /// Writes the state, all or nothing. Errors: Io.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        checkpoint::save(&self.state, &self.identity, path)
+    }
+
+    /// Goes on from a checkpoint. Errors: Io; Format; Mismatch when it is of a run with other settings, data or model.
+    pub fn resume(&mut self, path: &Path) -> Result<()> {
+        self.state = checkpoint::open(path, &self.identity, self.state.routers.len())?;
+        Ok(())
+    }
+}
+
+/// Orders by a hash of the places.
+fn shuffle<T>(items: &mut Vec<T>, seed: u64) {
+    let mut keyed: Vec<(u64, T)> = (0u64..).zip(items.drain(..)).map(|(i, item)| (mix(seed ^ mix(i)), item)).collect();
+    keyed.sort_by_key(|(key, _)| *key);
+    items.extend(keyed.into_iter().map(|(_, item)| item));
+}
+
+/// Cuts samples into parts that fit a step, in their order.
+fn pack<'s, 'a>(samples: &'s [&'a Sample], tuner: &Tuner) -> Vec<&'s [&'a Sample]> {
+    let limits = tuner.plan().limits;
+    let (mut parts, mut start, mut rows) = (Vec::new(), 0, 0);
+    for (i, sample) in samples.iter().enumerate() {
+        let more = sample.inputs().len();
+        if i > start && (rows + more > limits.rows || i - start == limits.samples) {
+            parts.push(&samples[start..i]);
+            (start, rows) = (i, 0);
+        }
+        rows += more;
+    }
+    parts.push(&samples[start..]);
+    parts
+}
+
+/// Sums over the steps of a batch.
+struct Sum {
+    loss: f64,
+    answers: usize,
+    rows: usize,
+    active: Vec<usize>,
+}
+
+impl Sum {
+    fn new(layers: usize) -> Self {
+        Sum { loss: 0.0, answers: 0, rows: 0, active: vec![0; layers] }
+    }
+
+    fn add(&mut self, outcome: &super::StepOutcome) {
+        self.loss += outcome.losses.iter().sum::<f64>();
+        self.answers += outcome.answers;
+        self.rows += outcome.rows;
+        self.active.iter_mut().zip(&outcome.active).for_each(|(sum, n)| *sum += n);
+    }
+
+    fn loss(&self) -> f64 {
+        self.loss / self.answers as f64
+    }
+
+    fn capacities(&self) -> Vec<f64> {
+        self.active.iter().map(|&n| n as f64 / self.rows as f64).collect()
+    }
+
+    fn capacity(&self) -> f64 {
+        if self.active.is_empty() { 1.0 } else { self.capacities().iter().sum::<f64>() / self.active.len() as f64 }
+    }
+}
