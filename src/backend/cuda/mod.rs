@@ -201,6 +201,7 @@ impl CudaBackend {
         if bytes > self.workspace.bytes {
             ensure!(!self.recording, Memory, "a step needs {bytes} bytes that were not planned");
             self.workspace = self.region(bytes)?;
+            self.best_of = None;
         }
         Ok(self.workspace.start)
     }

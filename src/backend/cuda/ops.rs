@@ -341,7 +341,8 @@ impl CudaBackend {
         let up = l.chunk * l.intermediate * size;
         let route = (l.rows + 1) * 4;
         let partial = self.units(kv.slots, kv.kv_heads, kv.pages_per_seq) * l.heads * (kv.head_dim + 2) * 4;
-        let sample = Sampling::of(kv.slots, l.vocab).bytes;
+        // A batch is drawn from; more logits than that have their best noted, too.
+        let sample = Sampling::of(kv.slots, l.vocab).bytes.max(Sampling::of(MANY_ROWS, l.vocab).keys);
         [gathered, scattered, up, route, partial, sample].into_iter().max().unwrap_or(0)
     }
 }
@@ -657,7 +658,10 @@ impl Ops for CudaBackend {
             let set = RowSet { index: null(), count: null(), bound: rows as u32 };
             let of = Product { weight, bias: null(), out, n: n as u32, set: 0 };
             let (function, launch) = self.skinny(self.functions.logits, rows, &[n], false);
-            let best = self.scratch(Sampling::of(rows, n).bytes)?.0 as *mut u64;
+            let room = Sampling::of(rows, n);
+            // Where they may be drawn from, the best stay where they are.
+            let wanted = if rows <= self.kv().layout.slots { room.bytes } else { room.keys };
+            let best = self.scratch(wanted)?.0 as *mut u64;
             let args = SkinnyArgs { best, ..one_product(h, a.h.cols, set, of, std::ptr::null_mut()) };
             self.launch(OP, function, launch, &args)?;
             self.best_of = Some(a.out).filter(|_| self.info.activations != DType::F32);

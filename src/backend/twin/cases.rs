@@ -417,7 +417,8 @@ fn sample(types: Types) -> impl Iterator<Item = Case> {
 fn sample_of_product(types: Types) -> impl Iterator<Item = Case> {
     let sizes = [(1, 17), (1, 2049), (7, 100), (9, 16), (33, 500), (64, 31), (65, 90)];
     sizes.into_iter().zip(draws()).map(move |((rows, vocab), draw)| {
-        let mut s = Setup::new(types);
+        // As many sequences as rows: tokens are chosen for all of them.
+        let mut s = Setup::with_kv(types, 1, rows, 1, types.head_dim(2));
         let k = types.width(32);
         let h = s.activations(rows, k);
         let whole = |tag, row, col| (2.0 * noise(tag, row, col)).round();
