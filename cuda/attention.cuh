@@ -42,8 +42,7 @@ constexpr int DECODE_F32_HEADS = 4;
 constexpr int decode_shared(int head_dim, int group) {
     return ATTEND_WARPS * (group < 16 ? group : 16) * (head_dim + 2) * 4;
 }
-// K/V pages that are worth a block of their own, and blocks that a row's merge is not worth exceeding.
-constexpr uint32_t DECODE_PAGES = 4;
+// The most blocks that share a row.
 constexpr uint32_t DECODE_SPLITS = 64;
 
 __device__ inline uint32_t slot_of(const AttendArgs& args, uint32_t row) { return args.row_slot[args.rows.index[row]]; }

@@ -2,13 +2,16 @@
  *
  * src/backend/cuda/kernels.rs is made from this file by bindgen and committed. Activations are stored in the type that the
  * kernel's name ends in: f32, f16 or bf16. Matrices have that type too; vectors, the residual stream, router logits and
- * partial results are f32. Kernels of attention are named by the type of K/V, which may be a narrower one. Widths, but that of the vocabulary, are multiples of 8, head_dim is one of 16 and at
- * most 256; buffers start at multiples of 16 bytes.
+ * partial results are f32. Kernels of attention are named by the type of K/V, which may be a narrower one. Widths, but that
+ * of the vocabulary, are multiples of 8, head_dim is one of 16 and at most 256; buffers start at multiples of 16 bytes.
  */
 #ifndef MINDSKIP_KERNELS_H
 #define MINDSKIP_KERNELS_H
 
 #include <stdint.h>
+
+/* K/V pages that are worth a block of their own in decode. */
+#define DECODE_PAGES 4
 
 /* Types of numbers. */
 #define TYPE_F32 0
@@ -236,7 +239,7 @@ typedef struct AttendArgs {
     const uint32_t *end;      /* [rows] */
     KvLayer kv;
     uint32_t heads;
-    uint32_t type; /* of q and out */
+    uint32_t type; /* of q and out; many rows are rounded to the type of K/V on their way */
     float scale;
     /* Decode: blocks that keep the GPU busy, to which the K/V of all rows and heads are dealt out; the last block of a
      * row to end merges what they found. */

@@ -41,13 +41,13 @@ device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 gpu = device.startswith("cuda")
 torch.manual_seed(0)
 torch.set_grad_enabled(False)
-name = torch.cuda.get_device_name() if gpu else "cpu"
+name = torch.cuda.get_device_name(device) if gpu else "cpu"
 shapes = shapes or (["llama-3-8b", "smollm2-135m"] if gpu and not args.quick else ["smollm2-135m"])
 
 
 def wait():
     if gpu:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def seconds(run, least=0.2 if gpu else 0.05):

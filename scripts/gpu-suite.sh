@@ -5,7 +5,9 @@
 #   gpu-suite.sh [--quick] [--device cuda:N] [-o results.json] path/to/mindskip
 #
 # In this order: what is there; every op against its twin; the same under compute-sanitizer, where it is installed; the
-# embedded model's text against the CPU's; its speed, dense and routed. One JSON holds it all. Exit code 1 when a check failed.
+# embedded model's text against the CPU's; its speed, dense and routed; models with random weights; every op by itself;
+# PyTorch, where it is installed. One JSON holds it all. Exit code 1 when a check failed; what would take longer than 8
+# minutes in all (--quick: 2) is left out.
 set -uo pipefail
 
 quick=0 device=cuda out=gpu-results.json program=
@@ -29,6 +31,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
 parts=()
+end=$((SECONDS + (quick ? 120 : 480)))
 
 # Runs a command whose standard output is JSON, an object a line, and keeps it under a name.
 part() { # name, command...
@@ -36,9 +39,11 @@ part() { # name, command...
   shift
   printf '%s ... ' "$name" >&2
   "$@" >"$work/out" 2>"$work/err" || rc=$?
-  printf '%s, %d s\n' "$([ $rc = 0 ] && echo ok || echo "FAILED ($rc)")" $((SECONDS - start)) >&2
+  local state="FAILED ($rc)"
+  case $rc in 0) state=ok ;; 124) state="cut off" ;; esac
+  printf '%s, %d s\n' "$state" $((SECONDS - start)) >&2
   if [ $rc != 0 ]; then
-    failed=1
+    [ $rc = 124 ] || failed=1
     tail -n 20 "$work/err" >&2
   fi
   parts+=("\"$name\": {\"exit\": $rc, \"seconds\": $((SECONDS - start)), \"lines\": [$(grep '^{' "$work/out" | paste -sd,)], \
@@ -46,7 +51,10 @@ part() { # name, command...
 }
 
 # Standard input as a JSON string; what is no UTF-8 is left out.
-text() { printf '"%s"' "$(iconv -c -f UTF-8 -t UTF-8 | sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' | tr -d '\000-\010\013-\037' | sed -z 's/\n$//; s/\n/\\n/g')"; }
+text() {
+  printf '"%s"' "$(iconv -c -f UTF-8 -t UTF-8 | sed 's/\\/\\\\/g; s/"/\\"/g; s/\t/ /g' | tr -d '\000-\010\013-\037' |
+    sed -z 's/\n$//; s/\n/\\n/g')"
+}
 
 part doctor "$program" doctor --json
 part verify "$program" doctor --verify --device "$device" --json --every $([ $quick = 1 ] && echo 7 || echo 1)
@@ -77,11 +85,15 @@ for way in "dense --routers none" "routed" "keys_active --keys active"; do
 done
 
 # Models with random weights that are made on the GPU, dense and routed in turns; every op by itself; PyTorch, where it is.
-# What takes too long costs only itself.
+# What takes too long is cut off, and no failure.
+left() { # seconds at most
+  local rest=$((end - SECONDS))
+  echo $((rest < 1 ? 1 : rest < $1 ? rest : $1))
+}
 bench() { # name, seconds at most, options...
   local name=$1 most=$2
   shift 2
-  part "bench_$name" timeout "$most" "$program" bench "$@" --device "$device" --dtype bf16 --format jsonl
+  part "bench_$name" timeout "$(left "$most")" "$program" bench "$@" --device "$device" --dtype bf16 --format jsonl
 }
 if [ $quick = 1 ]; then
   for shape in llama-3-8b smollm2-135m; do
@@ -99,8 +111,8 @@ else
     bench "ops_$shape" 30 ops --shape $shape --rows 1,8,64,2048,8192 --context 8192
   done
 fi
-if python3 -c 'import torch' 2>/dev/null; then
-  part torch timeout 60 "$(dirname "$0")/compare-torch.py" $([ $quick = 1 ] && echo --quick)
+if [ -f "$(dirname "$0")/compare-torch.py" ] && python3 -c 'import torch' 2>/dev/null; then
+  part torch timeout "$(left 60)" "$(dirname "$0")/compare-torch.py" --device "$device" $([ $quick = 1 ] && echo --quick)
 else
   echo "torch is not installed: it is not compared with" >&2
 fi

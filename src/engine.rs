@@ -242,7 +242,8 @@ impl Engine {
     /// Routes otherwise from here on; None: not at all. Weights, plan and counts stay.
     ///
     /// Errors: Argument while a sequence is open, and for more routed layers than the engine was planned for; what
-    /// [`RouterSet::check`](crate::router::RouterSet::check) refuses. The model is dense then.
+    /// [`RouterSet::check`](crate::router::RouterSet::check) refuses; the routing is as before then. What
+    /// [`Model::load`] refuses of a routing; the model is dense then.
     pub fn reroute(&mut self, routing: Option<Routing>) -> Result<()> {
         ensure!(self.open.iter().all(Option::is_none), Argument, "sequences are open: they were routed otherwise");
         let (planned, wanted) = (self.state.plan.routed, routing.as_ref().map_or(0, |r| r.layers.len()));
@@ -292,15 +293,15 @@ impl Engine {
     /// each, `[sequences, vocab]` row-major.
     ///
     /// Errors: Argument for an empty prompt, an id beyond the vocabulary, a closed or repeated sequence, more tokens than
-    /// the context or [`Options::rows`]; Memory when the KV cache is full; Numeric for NaN or infinite logits. The sequences
-    /// are as before then.
+    /// the context or [`Options::rows`]; Memory when the KV cache is full; Numeric for logits with a NaN or +∞, or nothing but
+    /// −∞. The sequences are as before then.
     pub fn prefill(&mut self, prompts: &[(Seq, &[u32])]) -> Result<&[f32]> {
         self.step(Phase::Prefill, prompts, None)?;
         Ok(&self.logits)
     }
 
     /// [`prefill`](Self::prefill) that chooses the token behind each prompt on the device, as the draws say: one for each
-    /// prompt. The logits stay there. Errors as in `prefill`.
+    /// prompt. The logits stay there. Errors as in `prefill`, and Argument for a draw that is out of range.
     pub fn prefill_and_sample(&mut self, prompts: &[(Seq, &[u32])], draws: &[Draw]) -> Result<&[u32]> {
         self.step(Phase::Prefill, prompts, Some(draws))?;
         Ok(&self.tokens)
@@ -314,7 +315,7 @@ impl Engine {
     }
 
     /// [`decode`](Self::decode) that chooses the next token of each sequence on the device: a step reads back 4 bytes for
-    /// each sequence. Errors as in `prefill`.
+    /// each sequence, beside the counts of the step before. Errors as in `prefill_and_sample`.
     pub fn decode_and_sample(&mut self, tokens: &[(Seq, u32)], draws: &[Draw]) -> Result<&[u32]> {
         let steps: Vec<(Seq, &[u32])> = tokens.iter().map(|(seq, id)| (*seq, std::slice::from_ref(id))).collect();
         self.step(Phase::Decode, &steps, Some(draws))?;
@@ -325,13 +326,14 @@ impl Engine {
         self.check(seqs)?;
         let fits = draws.is_none_or(|draws| draws.len() == seqs.len());
         ensure!(fits, Argument, "{} draws for {} sequences", draws.map_or(0, <[_]>::len), seqs.len());
+        draws.unwrap_or_default().iter().try_for_each(Draw::check)?;
         let steps: Vec<_> =
             seqs.iter().map(|&(Seq { slot, .. }, ids)| (slot, self.positions[slot.index()], ids)).collect();
         self.state.run(self.backend.as_mut(), &self.model, phase, &steps, draws)?;
-        let numbers = if draws.is_some() { self.read_tokens()? } else { self.read_logits()? };
-        if !numbers {
-            self.state.undo(self.backend.as_mut())?;
-            return Err(self.not_finite());
+        let read = if draws.is_some() { self.read_tokens() } else { self.read_logits() };
+        if !matches!(read, Ok(true)) {
+            let undone = self.state.undo(self.backend.as_mut());
+            return Err(read.and(undone).err().unwrap_or_else(|| self.no_numbers()));
         }
         for &(Seq { slot, .. }, ids) in seqs {
             self.positions[slot.index()] += ids.len();
@@ -339,12 +341,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether all of them are finite.
+    /// Whether a token could be chosen by each row: as [`SAMPLE_NONE`] says.
     fn read_logits(&mut self) -> Result<bool> {
         let logits = self.state.plan.buffers.logits.rows(0..self.state.sequences());
         self.logits.resize(logits.rows * logits.cols, 0.0);
         self.backend.read_floats(logits, &mut self.logits)?;
-        Ok(self.logits.iter().all(|x| x.is_finite()))
+        let has_numbers = |row: &[f32]| row.iter().all(|x| *x < f32::INFINITY) && row.iter().any(|x| x.is_finite());
+        Ok(self.logits.chunks_exact(logits.cols).all(has_numbers))
     }
 
     /// Whether one could be chosen for every sequence.
@@ -387,7 +390,7 @@ impl Engine {
     }
 
     /// Why logits are not numbers.
-    fn not_finite(&self) -> Error {
+    fn no_numbers(&self) -> Error {
         match self.weights.find_non_finite() {
             Some((tensor, path)) => Error::new(Kind::Numeric, format!("tensor {tensor} holds a NaN or an infinity"))
                 .at(path)
@@ -415,7 +418,7 @@ impl Engine {
         let (be, state, model) = (self.backend.as_mut(), &self.state, &self.model);
         let mut out = vec![0.0; targets.len()];
         be.step(None, &mut |be| model.logprobs(be, state, targets, &mut out))?;
-        if out.iter().all(|x| x.is_finite()) { Ok(out) } else { Err(self.not_finite()) }
+        if out.iter().all(|x| x.is_finite()) { Ok(out) } else { Err(self.no_numbers()) }
     }
 
     /// Lets `watch` see how far each prefill is, and stop it: the prefill then fails as Interrupted, with the sequences as

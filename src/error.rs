@@ -124,6 +124,12 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
+/// Errors: Argument, naming the value and its range, when it does not fit.
+pub(crate) fn check_range(name: &str, value: impl fmt::Display, fits: bool, range: &str) -> Result<()> {
+    let error = || Error::new(Kind::Argument, format!("{name} is {value}")).action(format!("give {range}"));
+    if fits { Ok(()) } else { Err(error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@ use rand_pcg::rand_core::{Rng, SeedableRng};
 
 use crate::backend::Draw;
 use crate::backend::cpu::Chooser;
-use crate::error::{Error, Kind, Result, ensure};
+use crate::error::{Error, Kind, Result, check_range, ensure};
 
 /// How tokens are chosen. The default is greedy.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -38,21 +38,20 @@ impl Default for SamplerSettings {
 impl SamplerSettings {
     /// Errors: Argument when a number is out of its range.
     pub fn check(&self) -> Result<()> {
-        let checked = |name: &str, value: f32, fits: bool, range: &str| {
-            if fits {
-                return Ok(());
-            }
-            Err(Error::new(Kind::Argument, format!("{name} is {value}")).action(format!("give {range}")))
-        };
-        let (t, penalty) = (self.temperature, self.repetition_penalty);
-        checked("temperature", t, t >= 0.0 && t.is_finite(), "0 (greedy) or a finite number above it")?;
+        self.draw(0).check()?;
         if self.top_k == Some(0) {
             return Err(Error::new(Kind::Argument, "top_k is 0").action("give 1 or more, or leave it out for all"));
         }
-        checked("top_p", self.top_p, (0.0..=1.0).contains(&self.top_p), "a number in [0, 1]; 1 keeps all")?;
-        checked("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "a number in [0, 1]; 0 keeps all")?;
+        let penalty = self.repetition_penalty;
         let fits = penalty > 0.0 && penalty.is_finite();
-        checked("repetition_penalty", penalty, fits, "a finite number above 0; 1 is no penalty")
+        check_range("repetition_penalty", penalty, fits, "a finite number above 0; 1 is no penalty")
+    }
+
+    fn draw(&self, random: u64) -> Draw {
+        let SamplerSettings { temperature, top_k, top_p, min_p, .. } = *self;
+        // More than any vocabulary holds is all of it.
+        let top_k = top_k.map_or(0, |k| u32::try_from(k).unwrap_or(u32::MAX));
+        Draw { temperature, top_k, top_p, min_p, random }
     }
 }
 
@@ -92,15 +91,8 @@ impl Sampler {
     /// How the next token is to be drawn, for a backend. Takes one random number, a greedy one none. The repetition penalty
     /// is not in it: see [`needs_logits`](Self::needs_logits).
     pub fn draw(&mut self) -> Draw {
-        let SamplerSettings { temperature, top_k, top_p, min_p, .. } = self.settings;
-        Draw {
-            temperature,
-            // More than any vocabulary holds is all of it.
-            top_k: top_k.map_or(0, |k| u32::try_from(k).unwrap_or(u32::MAX)),
-            top_p,
-            min_p,
-            random: if temperature > 0.0 { self.rng.next_u64() } else { 0 },
-        }
+        let greedy = self.settings.temperature == 0.0;
+        self.settings.draw(if greedy { 0 } else { self.rng.next_u64() })
     }
 
     /// Whether the tokens depend on more than the logits of the moment, so that [`sample`](Self::sample) must choose them.

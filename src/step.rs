@@ -138,7 +138,7 @@ impl State {
             Some(_) => Next::Drawn,
         };
         let key = StepKey { rows: seqs.iter().map(|(_, _, ids)| ids.len()).sum(), next };
-        let result = self.begin(be, model, phase, seqs, draws).and_then(|()| {
+        let result = self.begin(be, model, phase, seqs, draws.filter(|_| next == Next::Drawn)).and_then(|()| {
             be.step((phase == Phase::Decode).then_some(key), &mut |be| {
                 model.forward(be, self)?;
                 model.head(be, self, self.sequences())?;
@@ -183,7 +183,7 @@ impl State {
             self.reserve_one(be, model)?;
         }
         self.write_inputs(be, seqs)?;
-        if let Some(draws) = draws.filter(|draws| !draws.iter().all(Draw::is_greedy)) {
+        if let Some(draws) = draws {
             self.scratch.clear();
             self.scratch.extend(draws.iter().flat_map(Draw::words));
             be.write_ints(self.plan.buffers.draws, &self.scratch)?;

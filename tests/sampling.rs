@@ -59,5 +59,16 @@ fn a_draw_for_each_sequence() {
     let error = engine.prefill_and_sample(&[(seq, &[1, 2])], &[]).unwrap_err();
     assert_eq!(error.kind(), Kind::Argument);
     assert!(error.to_string().contains("0 draws for 1 sequences"), "{error}");
+    let drawn = Draw { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
+    for (wrong, name) in [
+        (Draw { temperature: f32::NAN, ..drawn }, "temperature is NaN"),
+        (Draw { temperature: -1.0, ..drawn }, "temperature is -1"),
+        (Draw { top_p: 1.5, ..drawn }, "top_p is 1.5"),
+        (Draw { min_p: 2.0, ..drawn }, "min_p is 2"),
+    ] {
+        let error = engine.prefill_and_sample(&[(seq, &[1, 2])], &[wrong]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Argument);
+        assert!(error.to_string().contains(name), "{error}");
+    }
     assert_eq!(engine.position(seq), 0);
 }

@@ -32,7 +32,7 @@ macro_rules! gradients {
 
 gradients! {
     /// Copies rows, or clears them.
-    copy(Copy),
+    copy(CopyRows),
     /// Cross-entropy of rows of logits, which become their own gradient.
     loss(Loss),
     /// The gradient of the input of a frozen projection: `d_in = d_out·W`.
@@ -55,14 +55,14 @@ gradients! {
 
 /// See [`Gradients::copy`].
 #[derive(Debug, Clone, Copy)]
-pub struct Copy {
+pub struct CopyRows {
     /// `[rows, cols]`; None: zeros
     pub src: Option<Mat>,
     /// `[rows, cols]`
     pub out: Mat,
 }
 
-impl Copy {
+impl CopyRows {
     pub fn check(&self) -> Result<()> {
         let Some(src) = self.src else { return Ok(()) };
         ensure!(src.dtype == self.out.dtype, Shape, "copy: {} into {}", src.dtype, self.out.dtype);

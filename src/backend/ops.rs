@@ -9,7 +9,7 @@
 //!   the queries that see it.
 
 use super::{Cost, Ints, Mat, RowSet, Weight};
-use crate::error::{Result, ensure};
+use crate::error::{Result, check_range, ensure};
 use crate::tensor::DType;
 
 macro_rules! ops {
@@ -603,6 +603,14 @@ pub struct Draw {
 impl Draw {
     /// The number of [`words`](Self::words).
     pub const WORDS: usize = 6;
+
+    /// Errors: Argument when a number is out of its range.
+    pub fn check(&self) -> Result<()> {
+        let Draw { temperature: t, top_p, min_p, .. } = *self;
+        check_range("temperature", t, t >= 0.0 && t.is_finite(), "0 (greedy) or a finite number above it")?;
+        check_range("top_p", top_p, (0.0..=1.0).contains(&top_p), "a number in [0, 1]; 1 keeps all")?;
+        check_range("min_p", min_p, (0.0..=1.0).contains(&min_p), "a number in [0, 1]; 0 keeps all")
+    }
 
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0

@@ -131,7 +131,7 @@ impl Tune {
         if self.resume {
             trainer.resume(&checkpoint)?;
         }
-        let mut record = Record::open(&beside(&self.output, "jsonl"), self.resume)?;
+        let mut record = Record::open(&beside(&self.output, "jsonl"), trainer.state.step)?;
         let dense = trainer.evaluate(false)?;
         if let Some(dense) = dense {
             eprintln!("held out: {} samples, dense loss {:.4}", trainer.held_out().len(), dense.loss);
@@ -278,15 +278,25 @@ struct Record {
 }
 
 impl Record {
-    fn open(path: &Path, more: bool) -> Result<Record> {
-        let mut options = File::options();
-        let file = options.create(true).write(true).append(more).truncate(!more).open(path);
-        let file = file.map_err(|e| failed(path, &e))?;
-        Ok(Record { path: path.into(), file: BufWriter::new(file) })
+    /// With the steps that were taken before: those up to `taken` of the log that is there.
+    fn open(path: &Path, taken: usize) -> Result<Record> {
+        let old = if taken > 0 { std::fs::read_to_string(path).map_err(|e| failed(path, &e))? } else { String::new() };
+        let is_kept = |line: &&str| {
+            let step = serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["step"].as_u64());
+            step.is_some_and(|step| step <= taken as u64)
+        };
+        let file = File::create(path).map_err(|e| failed(path, &e))?;
+        let mut record = Record { path: path.into(), file: BufWriter::new(file) };
+        old.lines().filter(is_kept).try_for_each(|line| record.line(line))?;
+        Ok(record)
     }
 
     fn write(&mut self, value: &serde_json::Value) -> Result<()> {
-        writeln!(self.file, "{value}").and_then(|()| self.file.flush()).map_err(|e| failed(&self.path, &e))
+        self.line(&value.to_string())
+    }
+
+    fn line(&mut self, line: &str) -> Result<()> {
+        writeln!(self.file, "{line}").and_then(|()| self.file.flush()).map_err(|e| failed(&self.path, &e))
     }
 }
 

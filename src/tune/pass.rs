@@ -22,7 +22,8 @@ pub struct StepSettings {
     pub ste: Ste,
     /// What a token's loss counts: 1 over all answer tokens of the batch that the step belongs to.
     pub loss_scale: f32,
-    /// The penalty `lambda·relu(capacity − target)` of each routed layer.
+    /// The penalty `lambda·relu(capacity − target)` of each routed layer, by the capacity of this step's samples, as when
+    /// gradients add up over steps.
     pub lambda: f32,
     pub target: f32,
     /// What a row's mask counts in it: 1 over all rows of the batch.
@@ -163,7 +164,7 @@ impl Pass<'_> {
         let mut active = Vec::new();
         for l in 0..self.model.layers.len() {
             if let Some(out) = self.saved(l).filter(|_| save) {
-                self.be.copy(&Copy { src: Some(self.part(b.x)), out })?;
+                self.be.copy(&CopyRows { src: Some(self.part(b.x)), out })?;
             }
             let treated = self.attention(l)?;
             self.mlp(l, treated.mlp)?;
@@ -203,7 +204,7 @@ impl Pass<'_> {
         let count: usize = self.samples.iter().map(|s| s.answers().count()).sum();
         let mut losses = vec![0.0; count];
         if gradient {
-            self.be.copy(&Copy { src: None, out: self.part(b.d_x) })?;
+            self.be.copy(&CopyRows { src: None, out: self.part(b.d_x) })?;
         }
         let step = b.h2.rows;
         for (i, out) in losses.chunks_mut(step).enumerate() {
@@ -479,10 +480,10 @@ impl Pass<'_> {
         let (b, layer) = (self.buffers(), &self.model.layers[l]);
         let (lowest, input) = (l == self.plan.first, self.saved(l).expect("its input was kept"));
         let target = self.settings(layer).map(|s| s.granularity.target);
-        self.be.copy(&Copy { src: Some(input), out: self.part(b.x) })?;
+        self.be.copy(&CopyRows { src: Some(input), out: self.part(b.x) })?;
         let treated = self.attention(l)?;
         if target.is_some() {
-            self.be.copy(&Copy { src: None, out: self.part(b.d_mask) })?;
+            self.be.copy(&CopyRows { src: None, out: self.part(b.d_mask) })?;
         }
 
         if target == Some(Target::Block) {
@@ -634,7 +635,7 @@ impl Pass<'_> {
             let d = d.rows(0..rows.len);
             self.be.rope_backward(&RopeBackward { head_dim: c.head_dim, angles: b.angles, rows, d, norm })?;
         }
-        self.be.copy(&Copy { src: None, out: self.part(b.d_h) })?;
+        self.be.copy(&CopyRows { src: None, out: self.part(b.d_h) })?;
         for (d, rows, weight) in [(b.d_q, rows, 0), (d_k, keys, 1), (d_v, keys, 2)] {
             self.back(rows.len, (d, None), layer.qkv[weight], (b.d_h, Some(rows)), true)?;
         }

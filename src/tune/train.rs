@@ -13,7 +13,7 @@ use super::checkpoint;
 use super::data::Dataset;
 use super::{Goal, Sample, Ste, StepSettings, Tuner};
 use crate::backend::mix;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, check_range};
 use crate::router::{RouterSet, RouterSettings, Select};
 
 /// Part of the steps in which the learning rate rises.
@@ -71,21 +71,14 @@ impl TrainSettings {
 
     /// Errors: Argument, naming the number that is out of range.
     pub fn check(&self) -> Result<()> {
-        let positive = |name: &str, value: f64, fits: bool, range: &str| {
-            if fits {
-                Ok(())
-            } else {
-                Err(Error::new(Kind::Argument, format!("{name} is {value}")).action(format!("give {range}")))
-            }
-        };
         let (lr, target) = (f64::from(self.lr), f64::from(self.target));
-        positive("--lr", lr, lr > 0.0 && lr.is_finite(), "a positive number")?;
-        positive("--target-capacity", target, (0.0..=1.0).contains(&target), "a share from 0 to 1")?;
+        check_range("--lr", lr, lr > 0.0 && lr.is_finite(), "a positive number")?;
+        check_range("--target-capacity", target, (0.0..=1.0).contains(&target), "a share from 0 to 1")?;
         let lambda = f64::from(self.lambda.unwrap_or(0.0));
-        positive("--lambda", lambda, lambda >= 0.0 && lambda.is_finite(), "0 or a positive number")?;
-        positive("--batch", self.batch as f64, self.batch > 0, "1 or more")?;
-        positive("--steps", self.steps as f64, self.steps > 0, "1 or more")?;
-        positive("--val-split", self.val_split, (0.0..1.0).contains(&self.val_split), "a share from 0 to below 1")?;
+        check_range("--lambda", lambda, lambda >= 0.0 && lambda.is_finite(), "0 or a positive number")?;
+        check_range("--batch", self.batch as f64, self.batch > 0, "1 or more")?;
+        check_range("--steps", self.steps as f64, self.steps > 0, "1 or more")?;
+        check_range("--val-split", self.val_split, (0.0..1.0).contains(&self.val_split), "a share from 0 to below 1")?;
         self.router.check()
     }
 }

@@ -1,11 +1,14 @@
 //! The argument structs of the kernels, made from cuda/kernels.h by scripts/kernels-rs.
 
+pub const DECODE_PAGES: u32 = 4;
 pub const TYPE_F32: u32 = 0;
 pub const TYPE_F16: u32 = 1;
 pub const TYPE_BF16: u32 = 2;
 pub const KV_PAGE: u32 = 64;
 pub const SAMPLE_GROUP: u32 = 16;
 pub const SAMPLE_CHUNK: u32 = 2048;
+pub const SAMPLE_DRAW: u32 = 6;
+pub const SAMPLE_NONE: u32 = 4294967295;
 pub const ROUTE_ALL: u32 = 0;
 pub const ROUTE_THRESHOLD: u32 = 1;
 pub const ROUTE_TOP_K: u32 = 2;

@@ -186,9 +186,6 @@ impl CudaBackend {
             Kernels::Auto | Kernels::Sm80 => None,
             Kernels::Hopper => ops::find_hopper(self.device.as_mut(), self.info.kv)?,
         };
-        if self.hopper.is_some() {
-            self.info.name += ", kernels for Hopper";
-        }
         Ok(self)
     }
 
@@ -243,8 +240,11 @@ impl CudaBackend {
             let result = body(self);
             self.recording = false;
             let meter = std::mem::replace(&mut self.accounts.meter, before);
-            let graph = self.device.end_record();
-            result.and(graph).map(|graph| Recorded { graph, meter })
+            let graph = self.device.end_record()?;
+            match result {
+                Ok(()) => Ok(Recorded { graph, meter }),
+                Err(error) => self.device.forget(graph).and(Err(error)),
+            }
         });
         self.accounts.end_record(graph.is_ok());
         graph
@@ -394,16 +394,16 @@ impl Backend for CudaBackend {
         let met = self.steps.iter().position(|(met, _)| *met == key).map(|at| self.steps.remove(at).1);
         let recorded = match met {
             None => {
-                self.remember(key, None)?;
-                return body(self);
+                body(self)?;
+                return self.remember(key, None);
             }
             Some(None) => self.record(body)?,
             Some(Some(recorded)) => recorded,
         };
         self.remember(key, Some(recorded))?;
         let recorded = self.steps.last().and_then(|(_, recorded)| recorded.as_ref()).expect("just remembered");
-        self.device.replay(recorded.graph)?;
         self.best_of = None;
+        self.device.replay(recorded.graph)?;
         for (to, from) in self.accounts.meter.ops.iter_mut().zip(&recorded.meter.ops) {
             to.calls += from.calls;
             to.cost = to.cost + from.cost;

@@ -47,8 +47,8 @@ const HEADS: [usize; 6] = [32, 64, 80, 96, 128, 256];
 pub const HOPPER_HEADS: [usize; 2] = [64, 128];
 /// Blocks for each multiprocessor that the K/V of a decode step are dealt out to.
 const BLOCKS_EACH: usize = 4;
-/// K/V pages that are worth a block of their own: DECODE_PAGES of attention.cuh.
-const DECODE_PAGES: usize = 4;
+
+const _: () = assert!(SAMPLE_DRAW as usize == Draw::WORDS && super::kernels::SAMPLE_NONE == ops::SAMPLE_NONE);
 
 impl Functions {
     /// Errors: Device when one is missing.
@@ -329,7 +329,7 @@ impl CudaBackend {
     /// Blocks for each K/V head that up to so many rows may ask for, whatever their lengths: each row for one, and all of
     /// them for [`decode_blocks`](Self::decode_blocks) more.
     fn units(&self, rows: usize, kv_heads: usize, pages_per_seq: usize) -> usize {
-        let longest = rows * pages_per_seq.div_ceil(DECODE_PAGES).max(1);
+        let longest = rows * pages_per_seq.div_ceil(DECODE_PAGES as usize).max(1);
         longest.min(rows + self.decode_blocks().div_ceil(kv_heads.max(1)))
     }
 
@@ -692,8 +692,8 @@ impl Ops for CudaBackend {
         let Mat { rows, cols: vocab, .. } = a.logits;
         self.account(Op::Sample(*a), Some(Work { rows, ..Work::default() }))?;
         let room = Sampling::of(rows, vocab);
-        let known = self.best_of == Some(a.logits);
         let scratch = self.scratch(room.bytes)?;
+        let known = self.best_of == Some(a.logits);
         let args = SampleArgs {
             logits: logits.cast(),
             draws: if a.draws.is_some() { draws } else { null() },
@@ -712,6 +712,7 @@ impl Ops for CudaBackend {
         if !known {
             self.launch(OP, self.functions.sample_groups, over(room.groups.div_ceil(256), rows, 256), &args)?;
         }
+        self.best_of = Some(a.logits);
         self.launch(OP, self.functions.sample_select, over(rows, 1, 1024), &args)?;
         if a.draws.is_none() {
             return Ok(());

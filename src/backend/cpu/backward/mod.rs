@@ -45,19 +45,19 @@ fn rows_only(rows: usize) -> Work {
 }
 
 impl Gradients for CpuBackend {
-    fn copy(&mut self, args: &Copy) -> Result<()> {
+    fn copy(&mut self, args: &CopyRows) -> Result<()> {
         args.check()?;
         match args.src {
             Some(src) => {
-                let [src, out] = self.buffers(GradientKind::Copy, [src, args.out])?;
+                let [src, out] = self.buffers(GradientKind::CopyRows, [src, args.out])?;
                 out.copy_from_slice(src);
             }
             None => {
-                let [out] = self.buffers(GradientKind::Copy, [args.out])?;
+                let [out] = self.buffers(GradientKind::CopyRows, [args.out])?;
                 out.fill(0.0);
             }
         }
-        self.count(GradientKind::Copy, args.cost(rows_only(args.out.rows)))
+        self.count(GradientKind::CopyRows, args.cost(rows_only(args.out.rows)))
     }
 
     fn loss(&mut self, args: &Loss) -> Result<()> {

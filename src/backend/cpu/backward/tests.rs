@@ -151,8 +151,8 @@ fn copies_and_clears() {
     let mut rig = Rig::default();
     let (src, out, cleared) = (rig.filled(3, 5), rig.empty(3, 5), rig.empty(2, 7));
     let after = rig.run(&no_kv(), |be| {
-        be.copy(&Copy { src: Some(src), out })?;
-        be.copy(&Copy { src: None, out: cleared })
+        be.copy(&CopyRows { src: Some(src), out })?;
+        be.copy(&CopyRows { src: None, out: cleared })
     });
     assert_eq!(after.of(out), rig.of(src));
     assert_eq!(after.of(cleared), [0.0; 14]);
