@@ -84,7 +84,7 @@ pub enum Against {
     Distribution(Mat),
 }
 
-/// See [`Gradients::loss`]. With p = softmax(logits[i]), the gradient is `scale·(p − target)`.
+/// See [`Gradients::loss`]. With `p = softmax(logits[i])`, the gradient is `scale·(p − target)`.
 #[derive(Debug, Clone, Copy)]
 pub struct Loss {
     /// `[rows, vocab]`, f32: logits, then the gradient of scale times the sum of the losses
