@@ -80,7 +80,6 @@ struct Group {
 };
 
 struct Async {
-    bool used;
     std::map<char*, Phase> barriers;
     std::vector<BoxCopy> copies;
     Warp warps[32];
@@ -90,6 +89,8 @@ struct Async {
     std::vector<char> seen;
 };
 thread_local Async async;
+// Whether the block has to do with any of it. Most have not, and then a launch does not even make it.
+thread_local bool used;
 
 std::string text(const Site& site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
@@ -98,7 +99,7 @@ uint32_t thread_index() { return now->thread.x; }
 // The other view of a place in shared memory.
 char* seen(const char* at) {
     const Range all = dynamic_range();
-    async.used = true;
+    used = true;
     if (async.seen.empty()) async.seen.assign(all.end - all.begin, char(POISON));
     return async.seen.data() + (at - all.begin);
 }
@@ -310,10 +311,10 @@ void check_unread(const char* at, size_t size, Site site) {
 } // namespace
 
 void async_begin() {
-    if (std::exchange(async.used, false)) async = {};
+    if (std::exchange(used, false)) async = {};
 }
 
-bool async_copies() { return !async.copies.empty(); }
+bool async_copies() { return used && !async.copies.empty(); }
 
 void async_copy_piece() {
     BoxCopy& copy = async.copies[draw(async.copies.size())];
@@ -343,6 +344,7 @@ void async_copy_piece() {
 }
 
 std::string async_left() {
+    if (!used) return {};
     if (!async.copies.empty()) return "the block ended while copy_box was under way";
     for (const Warp& warp : async.warps)
         if (!warp.issued.empty())
@@ -361,7 +363,7 @@ void barrier_init(void* barrier, uint32_t arrivals) {
         fail("barrier_init: %p is no multiple of 8 in dynamic shared memory", barrier);
     if (!arrivals) fail("barrier_init: no arrivals");
     *(uint64_t*)at = BARRIER_WORD;
-    async.used = true;
+    used = true;
     async.barriers[at] = {arrivals, arrivals, 0, 0, {}};
 }
 
@@ -417,7 +419,7 @@ bool group_barrier(uint32_t id, uint32_t threads, bool waits, bool yes, Site sit
     maybe_yield();
     if (!id || id > 15 || !threads || threads % 32)
         fail("at %s: barrier %u of %u threads", text(site).c_str(), id, threads);
-    async.used = true;
+    used = true;
     Group& group = async.groups[id];
     if (group.arrived && group.threads != threads)
         fail("at %s: barrier %u of %u threads, of which others come as to one of %u", text(site).c_str(), id, threads,
@@ -450,7 +452,7 @@ void multiply_async(const Product& product, float* d, const uint32_t* a, Site si
 void products_fence(Site site) {
     collective(
         "products_fence", 0xffffffff, nullptr,
-        [](void* const*, uint32_t) { async.used = async.warps[thread_index() / 32].fenced = true; }, site);
+        [](void* const*, uint32_t) { used = async.warps[thread_index() / 32].fenced = true; }, site);
 }
 
 void products_commit(Site site) {
