@@ -180,7 +180,7 @@ fn tune_makes_a_router_file_that_generate_uses() {
     assert!(output.status.success(), "{err}");
     assert!(err.contains("20 samples") && err.contains("step 2/2 loss"), "{err}");
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
-    assert!(json["dense"]["loss"].as_f64().unwrap() > 0.5);
+    assert!(json["held_out"][0]["dense"]["loss"].as_f64().unwrap() > 0.5);
     let set = RouterSet::open(Path::new(out)).unwrap();
     assert_eq!(set.weights.keys().copied().collect::<Vec<_>>(), [3, 4, 5, 6]);
     assert_eq!(set.fingerprint, Some(embedded().weights.fingerprint()));

@@ -407,6 +407,38 @@ fn router_gradients_of_other_families() {
     }
 }
 
+/// Goldens of scripts/goldens/tuning.py.
+#[test]
+fn router_gradients_are_those_of_autograd() {
+    let (folder, layers) = (goldens().join("routing/model"), [1, 2, 4]);
+    let golden = Golden::open(&goldens().join("tuning.safetensors"));
+    for case in cases() {
+        let s = case.settings;
+        for &goal in Goal::ALL {
+            let case = Case { goal, ..case };
+            let [target, level] =
+                s.granularity.to_string().split('_').map(String::from).collect::<Vec<_>>().try_into().unwrap();
+            let name = [&target, &level, s.keys.name(), s.select.name(), case.ste.name(), goal.name()].join("-");
+            let floats = |what: &str| golden.floats(&format!("{name}.{what}"));
+            let ints = |what: &str| golden.ints(&format!("{name}.{what}"));
+            let mut ids = ints("ids").iter().copied();
+            let mut samples = samples(1, 0);
+            samples.iter_mut().flat_map(|s| &mut s.ids).for_each(|id| *id = ids.next().unwrap());
+            let router = |(&l, values): (&usize, &[f32])| (l, values.iter().map(|&x| x.into()).collect());
+            let routers: Routers = layers.iter().zip(floats("routers").chunks(64)).map(router).collect();
+            let mut tuner = tuner(&folder, &case, &routers, LIMITS);
+            let refs: Vec<&Sample> = samples.iter().collect();
+            let rows = samples.iter().map(|s| s.inputs().len()).sum();
+            let outcome = tuner.step(&refs, &settings(&case, rows)).unwrap();
+            let active: Vec<u32> = outcome.active.iter().map(|&n| n as u32).collect();
+            assert_eq!(active, ints("active"), "{name}");
+            let losses: Vec<f32> = outcome.losses.iter().map(|&x| x as f32).collect();
+            assert_close(&format!("{name}: losses"), &losses, floats("losses"), 2e-5);
+            assert_close(&format!("{name}: gradients"), &tuner.take_gradients().unwrap(), floats("gradients"), 2e-5);
+        }
+    }
+}
+
 /// A step gives the sum of the gradients of its samples alone: packing changes nothing but the penalty, which is left
 /// out.
 #[test]

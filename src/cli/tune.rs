@@ -30,6 +30,12 @@ pub struct Tune {
     /// JSON lines, or one JSON array: records with messages, prompt and completion, or instruction, input and output.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
+    /// Records to evaluate with, instead of a part of the data that is held out; may be given again.
+    #[arg(long, value_name = "FILE")]
+    val: Vec<PathBuf>,
+    /// Routers to begin with, instead of zeros; with --steps 0 they are only evaluated.
+    #[arg(long, value_name = "FILE")]
+    routers: Option<PathBuf>,
     /// Where the routers go. Its log is FILE.jsonl, its checkpoint FILE.checkpoint.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -127,7 +133,7 @@ impl Tune {
             return Ok(bad("tune runs on the CPU only so far", "give --device cpu")?);
         }
         let checkpoint = beside(&self.output, "checkpoint");
-        let mut trainer = self.trainer()?;
+        let (mut trainer, others) = self.trainer()?;
         if self.resume {
             trainer.resume(&checkpoint)?;
         }
@@ -161,24 +167,37 @@ impl Tune {
         let (set, routed) = trainer.finish(dense)?;
         set.save(&self.output)?;
         record.write(&json!({"dense": dense, "routed": routed, "threshold": set.settings.threshold}))?;
-        self.show(&set, dense, routed)?;
+        let first = self.val.first().map_or("held out".into(), |path| path.display().to_string());
+        let mut found: Vec<_> = dense.zip(routed).map(|(dense, routed)| (first, dense, routed)).into_iter().collect();
+        for data in &others {
+            let mut of = |routed| trainer.evaluate_on(&data.samples, routed);
+            found.push((data.path.display().to_string(), of(false)?, of(true)?));
+        }
+        self.show(&set, &found)?;
         Ok(Outcome::Done)
     }
 
-    fn trainer(&self) -> Result<Trainer> {
+    /// A run, and what else it is evaluated with.
+    fn trainer(&self) -> Result<(Trainer, Vec<Dataset>)> {
         let bundle = self.model.load()?;
         let (tokenizer, template) = (bundle.tokenizer()?, bundle.chat_template()?);
         let max_length = self.how.max_length.min(bundle.config.context);
         let encoder = Encoder { tokenizer: &tokenizer, template: template.as_ref(), eos: bundle.eos(), max_length };
-        let data = Dataset::open(&self.data, &encoder)?;
-        eprintln!(
-            "{}: {} samples, {} cut to {max_length} tokens, {} dropped without an answer",
-            self.data.display(),
-            data.samples.len(),
-            data.truncated,
-            data.dropped
-        );
+        let open = |path: &PathBuf| {
+            let data = Dataset::open(path, &encoder)?;
+            let (path, samples, cut, dropped) = (path.display(), data.samples.len(), data.truncated, data.dropped);
+            eprintln!(
+                "{path}: {samples} samples, {cut} cut to {max_length} tokens, {dropped} dropped without an answer"
+            );
+            Ok(data)
+        };
+        let data = open(&self.data)?;
+        let mut others: Vec<Dataset> = self.val.iter().map(open).collect::<Result<_>>()?;
         let settings = self.settings(data.samples.len())?;
+        let start = self.routers.as_ref().map(|path| RouterSet::open(path)).transpose()?;
+        if let Some(set) = &start {
+            set.check(&bundle.config, &bundle.weights.fingerprint())?;
+        }
         let fingerprint = bundle.weights.fingerprint();
         let tuner = self.tuner(bundle, settings.router, max_length)?;
         eprintln!(
@@ -187,7 +206,14 @@ impl Tune {
             Size(tuner.plan().total() - tuner.plan().weights),
             Size(tuner.plan().weights)
         );
-        Trainer::new(tuner, settings, data, fingerprint)
+        let mut trainer = Trainer::new(tuner, settings, data, fingerprint)?;
+        if let Some(set) = &start {
+            trainer.start_from(set)?;
+        }
+        if !others.is_empty() {
+            trainer.hold_out(others.remove(0).samples);
+        }
+        Ok((trainer, others))
     }
 
     fn settings(&self, samples: usize) -> Result<TrainSettings> {
@@ -195,7 +221,8 @@ impl Tune {
         if !(how.epochs > 0.0 && how.epochs.is_finite()) {
             return bad(format!("--epochs is {}", how.epochs), "give a positive number");
         }
-        let training = samples as f64 * (1.0 - how.val_split);
+        let val_split = if self.val.is_empty() { how.val_split } else { 0.0 };
+        let training = samples as f64 * (1.0 - val_split);
         let steps = (training * how.epochs / how.batch.max(1) as f64).ceil() as usize;
         let router = RouterSettings {
             granularity: what.granularity,
@@ -215,7 +242,7 @@ impl Tune {
             batch: how.batch,
             steps: how.steps.unwrap_or(steps),
             seed: how.seed,
-            val_split: how.val_split,
+            val_split,
         };
         settings.check()?;
         Ok(settings)
@@ -236,24 +263,26 @@ impl Tune {
         Tuner::new(bundle.config, &bundle.weights, routers, self.how.loss, limits, self.threads)
     }
 
-    fn show(&self, set: &RouterSet, dense: Option<Evaluation>, routed: Option<Evaluation>) -> io::Result<()> {
+    fn show(&self, set: &RouterSet, found: &[(String, Evaluation, Evaluation)]) -> io::Result<()> {
         let settings = set.settings;
         if self.json {
+            let of = |(name, dense, routed): &(String, Evaluation, Evaluation)| json!({"data": name, "dense": dense, "routed": routed});
             return print_json(&json!({
                 "routers": self.output,
                 "layers": set.weights.keys().collect::<Vec<_>>(),
                 "threshold": settings.threshold,
-                "dense": dense,
-                "routed": routed,
+                "held_out": found.iter().map(of).collect::<Vec<_>>(),
             }));
         }
         let mut out = io::stdout().lock();
         writeln!(out, "{}: {}, threshold {}", self.output.display(), settings.granularity, settings.threshold)?;
-        if let (Some(dense), Some(routed)) = (dense, routed) {
-            let change = routed.loss - dense.loss;
-            writeln!(out, "held out      loss   capacity")?;
-            writeln!(out, "dense       {:.4}     100.0%", dense.loss)?;
-            writeln!(out, "routed      {:.4}     {:5.1}%   ({change:+.4})", routed.loss, routed.capacity * 100.0)?;
+        let width = found.iter().map(|(name, ..)| name.len()).max().unwrap_or(0);
+        if !found.is_empty() {
+            writeln!(out, "{:width$}   dense   routed            capacity", "")?;
+        }
+        for (name, dense, routed) in found {
+            let (change, capacity) = (routed.loss - dense.loss, routed.capacity * 100.0);
+            writeln!(out, "{name:width$}  {:.4}   {:.4} ({change:+.4})     {capacity:5.1}%", dense.loss, routed.loss)?;
         }
         Ok(())
     }

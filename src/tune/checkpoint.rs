@@ -25,6 +25,7 @@ pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
         ("run", identity.to_string()),
         ("step", state.step.to_string()),
         ("lambda", state.lambda.to_bits().to_string()),
+        ("threshold", state.threshold.to_bits().to_string()),
     ]
     .map(|(key, value)| (key.to_string(), value))
     .into();
@@ -50,11 +51,13 @@ pub fn open(path: &Path, identity: &str, values: usize) -> Result<TrainState> {
     }
     let read = |name: &str| weights.tensor(name, 1, values).map(|tensor| tensor.to_f32());
     let lambda: u64 = get("lambda").parse().map_err(|_| broken())?;
+    let threshold: u32 = get("threshold").parse().map_err(|_| broken())?;
     Ok(TrainState {
         step: get("step").parse().map_err(|_| broken())?,
         routers: read(TENSORS[0])?,
         means: read(TENSORS[1])?,
         squares: read(TENSORS[2])?,
         lambda: f64::from_bits(lambda),
+        threshold: f32::from_bits(threshold),
     })
 }

@@ -3,7 +3,8 @@
 //! A file has a record a line, or is one JSON array of records. A record is a conversation (`messages`), a `prompt`
 //! with its `completion`, or an `instruction`, perhaps with `input`, and its `output`. It is written as the model's
 //! chat template writes it; what the assistant says, up to the token that ends it, is what the loss counts. Without a
-//! template a prompt and its answer stand behind each other, and an end-of-sequence token behind them.
+//! template a prompt and its answer stand behind each other, and an end-of-sequence token behind them. A `text` stands for
+//! itself: all of it counts.
 
 use std::path::{Path, PathBuf};
 
@@ -49,6 +50,7 @@ struct Record {
     instruction: Option<String>,
     input: Option<String>,
     output: Option<String>,
+    text: Option<String>,
 }
 
 /// Text, and whether the loss counts it.
@@ -127,8 +129,9 @@ impl Encoder<'_> {
                 }
                 vec![Message::new("user", prompt), Message::new("assistant", output.as_str())]
             }
+            Record { text: Some(text), .. } => return Ok(vec![(text.clone(), true)]),
             _ => {
-                let cause = "neither messages, nor prompt and completion, nor instruction and output";
+                let cause = "neither messages, nor prompt and completion, nor instruction and output, nor text";
                 return Err(Error::new(Kind::Format, cause).action("see docs/tuning.md for the forms of a record"));
             }
         };
@@ -147,7 +150,7 @@ impl Encoder<'_> {
             let special = n == 0 && self.template.is_none();
             let mut new =
                 if text.is_empty() && !special { Vec::new() } else { self.tokenizer.encode(text, special)? };
-            if *answer && self.template.is_none() {
+            if *answer && n > 0 && self.template.is_none() {
                 new.extend(self.eos.first());
             }
             // What a template writes behind the token that ends an answer, nobody has to say.
@@ -254,7 +257,7 @@ mod tests {
             ("[]", "no records"),
             ("{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\":", "line 2: EOF"),
             ("{\"prompt\": 3, \"completion\": \"b\"}", "line 1: invalid type"),
-            ("{\"text\": \"a\"}", "neither messages"),
+            ("{\"story\": \"a\"}", "neither messages"),
             (r#"{"messages": [{"role": "user", "content": "a"}]}"#, "none of the 1 records has an answer"),
         ] {
             let error = read(text, Some(CHATML), 50).unwrap_err().to_string();

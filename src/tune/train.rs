@@ -13,7 +13,7 @@ use super::checkpoint;
 use super::data::Dataset;
 use super::{Goal, Sample, Ste, StepSettings, Tuner};
 use crate::backend::mix;
-use crate::error::{Error, Kind, Result, check_range};
+use crate::error::{Error, Kind, Result, check_range, ensure};
 use crate::router::{RouterSet, RouterSettings, Select};
 
 /// Part of the steps in which the learning rate rises.
@@ -21,13 +21,16 @@ const WARM_UP: f64 = 0.03;
 /// Of AdamW; there is no weight decay.
 const BETAS: (f32, f32) = (0.9, 0.999);
 const EPSILON: f32 = 1e-8;
-/// The controller's first lambda, its bounds, and how fast it moves: by e^(GAIN · (capacity − wanted)) a step.
+/// The first lambda that is moved, its bounds, and how fast it moves: by e^(GAIN · (capacity − wanted)) a step.
 const LAMBDA: f64 = 0.1;
 const LAMBDAS: (f64, f64) = (1e-3, 10.0);
 const GAIN: f64 = 0.5;
 /// The part of a run over which the wanted capacity goes down to the target.
 const DESCENT: f64 = 0.5;
-/// Samples whose scores place the threshold, how often at most, and how near the capacity has to come.
+/// Rows of a batch whose scores place the threshold for it, and how far from what is wanted the capacity may be.
+const PLACING: usize = 512;
+const LEEWAY: f64 = 0.02;
+/// The same at the end, for samples; as what a layer decides changes the scores of those above it, this takes rounds.
 const CALIBRATION: usize = 128;
 const CALIBRATIONS: usize = 6;
 const NEAR: f64 = 0.004;
@@ -43,9 +46,10 @@ pub struct TrainSettings {
     pub lr: f32,
     /// The capacity that is wanted.
     pub target: f32,
-    /// Of the penalty; None: the controller's.
+    /// Of the penalty. None: without `calibrate` it moves with the capacity, with it there is no penalty.
     pub lambda: Option<f32>,
-    /// Whether the threshold is placed at the end, so that the capacity is the one that was asked for.
+    /// Whether the threshold is placed so that the capacity is the one that was asked for: at the end, and, where no
+    /// lambda is given, before every step.
     pub calibrate: bool,
     /// Samples of a batch.
     pub batch: usize,
@@ -64,9 +68,14 @@ impl TrainSettings {
         self.ste.parse().expect("a name")
     }
 
-    /// Whether lambda is the controller's. With top-k the capacity is what it is.
-    fn is_controlled(&self) -> bool {
-        self.lambda.is_none() && self.router.select == Select::Threshold
+    /// Whether lambda moves with the capacity. With top-k the capacity is what it is.
+    fn moves_lambda(&self) -> bool {
+        self.lambda.is_none() && !self.calibrate && self.router.select == Select::Threshold
+    }
+
+    /// Whether the threshold does.
+    fn moves_threshold(&self) -> bool {
+        self.lambda.is_none() && self.calibrate && self.router.select == Select::Threshold
     }
 
     /// Errors: Argument, naming the number that is out of range.
@@ -77,7 +86,6 @@ impl TrainSettings {
         let lambda = f64::from(self.lambda.unwrap_or(0.0));
         check_range("--lambda", lambda, lambda >= 0.0 && lambda.is_finite(), "0 or a positive number")?;
         check_range("--batch", self.batch as f64, self.batch > 0, "1 or more")?;
-        check_range("--steps", self.steps as f64, self.steps > 0, "1 or more")?;
         check_range("--val-split", self.val_split, (0.0..1.0).contains(&self.val_split), "a share from 0 to below 1")?;
         self.router.check()
     }
@@ -93,6 +101,8 @@ pub struct TrainState {
     pub means: Vec<f32>,
     pub squares: Vec<f32>,
     pub lambda: f64,
+    /// From which score on a row is active.
+    pub threshold: f32,
 }
 
 /// What one step did.
@@ -106,6 +116,7 @@ pub struct StepReport {
     pub capacity: f64,
     pub capacities: Vec<f64>,
     pub lambda: f64,
+    pub threshold: f32,
     pub lr: f64,
     /// Tokens that passed the layers.
     pub tokens: usize,
@@ -153,7 +164,8 @@ impl Trainer {
             routers: zeros.clone(),
             means: zeros.clone(),
             squares: zeros,
-            lambda: settings.lambda.map_or(if settings.is_controlled() { LAMBDA } else { 0.0 }, f64::from),
+            lambda: settings.lambda.map_or(if settings.moves_lambda() { LAMBDA } else { 0.0 }, f64::from),
+            threshold: settings.router.threshold,
         };
         let identity = serde_json::json!({
             "settings": settings,
@@ -183,6 +195,20 @@ impl Trainer {
         &self.held_out
     }
 
+    /// Evaluates with these samples, instead of what was split off.
+    pub fn hold_out(&mut self, samples: Vec<Sample>) {
+        self.held_out = samples;
+    }
+
+    /// Begins with other routers than zeros. Errors: Shape for other layers.
+    pub fn start_from(&mut self, set: &RouterSet) -> Result<()> {
+        let layers: Vec<usize> = set.weights.keys().copied().collect();
+        ensure!(layers == self.tuner.layers(), Shape, "routers of layers {layers:?} for {:?}", self.tuner.layers());
+        self.state.routers = set.weights.values().flatten().copied().collect();
+        self.state.threshold = set.settings.threshold;
+        Ok(())
+    }
+
     pub fn is_done(&self) -> bool {
         self.state.step >= self.settings.steps
     }
@@ -191,10 +217,21 @@ impl Trainer {
     ///
     /// Errors: Numeric, naming the step and the record, for a loss that is not finite.
     pub fn step(&mut self) -> Result<StepReport> {
-        let (s, step) = (&self.settings, self.state.step);
+        let (s, step, wanted) = (&self.settings, self.state.step, self.wanted());
         self.tuner.set_routers(&self.state.routers)?;
         let batch = self.batch();
         let batch: Vec<&Sample> = batch.iter().map(|&i| &self.training[i]).collect();
+        let mut threshold = self.state.threshold;
+        // As long as the routers are zero, all scores are the same.
+        if s.moves_threshold() && step > 0 {
+            let before = batch.iter().scan(0, |rows, s| Some(std::mem::replace(rows, *rows + s.inputs().len())));
+            let few = before.take_while(|&rows| rows < PLACING).count();
+            let scores = scores(&mut self.tuner, &batch[..few], threshold)?;
+            if (share(&scores, threshold) - wanted).abs() > LEEWAY {
+                threshold = quantile(&scores, wanted);
+            }
+        }
+        self.tuner.set_threshold(threshold);
         let answers: usize = batch.iter().map(|s| s.answers().count()).sum();
         let rows: usize = batch.iter().map(|s| s.inputs().len()).sum();
         let settings = StepSettings {
@@ -230,11 +267,16 @@ impl Trainer {
             capacity: sum.capacity(),
             capacities: sum.capacities(),
             lambda: self.state.lambda,
+            threshold,
             lr,
             tokens: rows,
         };
-        self.control(report.capacity);
         self.state.step += 1;
+        self.state.threshold = threshold;
+        if self.settings.moves_lambda() {
+            let lambda = self.state.lambda * (GAIN * (report.capacity - self.wanted())).exp();
+            self.state.lambda = lambda.clamp(LAMBDAS.0, LAMBDAS.1);
+        }
         Ok(report)
     }
 
@@ -277,59 +319,53 @@ impl Trainer {
         }
     }
 
-    /// Moves lambda to where the capacity goes down to the target in time.
-    fn control(&mut self, capacity: f64) {
-        if !self.settings.is_controlled() {
-            return;
-        }
-        let progress = (self.state.step + 1) as f64 / self.settings.steps as f64;
-        let wanted = 1.0 - (1.0 - f64::from(self.settings.target)) * (progress / DESCENT).min(1.0);
-        let lambda = self.state.lambda * (GAIN * (capacity - wanted)).exp();
-        self.state.lambda = lambda.clamp(LAMBDAS.0, LAMBDAS.1);
+    /// The capacity that the next step shall have: it goes down to the target in time.
+    fn wanted(&self) -> f64 {
+        let progress = self.state.step as f64 / self.settings.steps as f64;
+        1.0 - (1.0 - f64::from(self.settings.target)) * (progress / DESCENT).min(1.0)
     }
 
-    /// Places the threshold so that the capacity on training samples is the target. What a layer decides changes the
-    /// scores of those above it, so this takes some rounds. Returns the threshold.
-    fn calibrate(&mut self) -> Result<f32> {
-        let (target, mut threshold) = (f64::from(self.settings.target), self.settings.router.threshold);
+    /// The threshold with which the capacity on training samples is the target, found from a first guess on.
+    fn calibrate(&mut self, mut threshold: f32) -> Result<f32> {
+        let target = f64::from(self.settings.target);
         let samples: Vec<&Sample> = self.training.iter().take(CALIBRATION).collect();
         let mut best = (f64::INFINITY, threshold);
         for _ in 0..CALIBRATIONS {
-            self.tuner.set_threshold(threshold);
-            let mut scores = Vec::new();
-            for part in pack(&samples, &self.tuner) {
-                scores.append(&mut self.tuner.scores(part)?);
-            }
-            scores.sort_by(|a, b| b.total_cmp(a));
-            let n = scores.len();
-            let error = (scores.partition_point(|&s| s >= threshold) as f64 / n as f64 - target).abs();
+            let scores = scores(&mut self.tuner, &samples, threshold)?;
+            let error = (share(&scores, threshold) - target).abs();
             if error < best.0 {
                 best = (error, threshold);
             }
             if error < NEAR {
                 break;
             }
-            let wanted = ((target * n as f64).round() as usize).min(n - 1);
-            threshold = scores[wanted.saturating_sub(1)].midpoint(scores[wanted]).clamp(0.0, 1.0);
+            threshold = quantile(&scores, target);
         }
-        self.tuner.set_threshold(best.1);
         Ok(best.1)
     }
 
     /// The loss of an answer token, and the capacity; None without samples. `routed`: with the routers, or the dense
     /// model.
     pub fn evaluate(&mut self, routed: bool) -> Result<Option<Evaluation>> {
-        if self.held_out.is_empty() {
-            return Ok(None);
-        }
+        let held_out = std::mem::take(&mut self.held_out);
+        let found = match held_out.is_empty() {
+            true => Ok(None),
+            false => self.evaluate_on(&held_out, routed).map(Some),
+        };
+        self.held_out = held_out;
+        found
+    }
+
+    /// The same on other samples, one or more.
+    pub fn evaluate_on(&mut self, samples: &[Sample], routed: bool) -> Result<Evaluation> {
         self.tuner.set_routers(&self.state.routers)?;
-        let samples: Vec<&Sample> = self.held_out.iter().collect();
+        let samples: Vec<&Sample> = samples.iter().collect();
         let mut sum = Sum::new(if routed { self.tuner.layers().len() } else { 0 });
         for part in pack(&samples, &self.tuner) {
             // What users see is the loss of the text, whatever was trained for.
             sum.add(&self.tuner.evaluate(part, Goal::Tokens, routed)?);
         }
-        Ok(Some(Evaluation { loss: sum.loss(), capacity: sum.capacity() }))
+        Ok(Evaluation { loss: sum.loss(), capacity: sum.capacity() })
     }
 
     /// Ends a run: the threshold, what the routers do on the held-out samples, and the set to be saved. `dense` is what
@@ -337,9 +373,11 @@ impl Trainer {
     pub fn finish(&mut self, dense: Option<Evaluation>) -> Result<(RouterSet, Option<Evaluation>)> {
         self.tuner.set_routers(&self.state.routers)?;
         let mut settings = self.settings.router;
+        settings.threshold = self.state.threshold;
         if self.settings.calibrate && settings.select == Select::Threshold {
-            settings.threshold = self.calibrate()?;
+            settings.threshold = self.calibrate(settings.threshold)?;
         }
+        self.tuner.set_threshold(settings.threshold);
         let routed = self.evaluate(true)?;
         let s = &self.settings;
         let mut metadata: BTreeMap<String, String> = [
@@ -347,7 +385,7 @@ impl Trainer {
             ("goal", s.goal.into()),
             ("ste", s.ste.into()),
             ("lr", s.lr.to_string()),
-            ("lambda", s.lambda.map_or("controlled".into(), |l| l.to_string())),
+            ("lambda", s.lambda.map_or("none".into(), |l| l.to_string())),
             ("target_capacity", s.target.to_string()),
             ("batch", s.batch.to_string()),
             ("steps", self.state.step.to_string()),
@@ -383,6 +421,28 @@ impl Trainer {
         self.state = checkpoint::open(path, &self.identity, self.state.routers.len())?;
         Ok(())
     }
+}
+
+/// The scores of some samples' rows in all routed layers, the highest first.
+fn scores(tuner: &mut Tuner, samples: &[&Sample], threshold: f32) -> Result<Vec<f32>> {
+    tuner.set_threshold(threshold);
+    let mut scores = Vec::new();
+    for part in pack(samples, tuner) {
+        scores.append(&mut tuner.scores(part)?);
+    }
+    scores.sort_by(|a, b| b.total_cmp(a));
+    Ok(scores)
+}
+
+/// How many of the scores, highest first, are active.
+fn share(scores: &[f32], threshold: f32) -> f64 {
+    scores.partition_point(|&s| s >= threshold) as f64 / scores.len() as f64
+}
+
+/// The threshold that so many of the scores, highest first, reach.
+fn quantile(scores: &[f32], share: f64) -> f32 {
+    let n = ((share * scores.len() as f64).round() as usize).min(scores.len() - 1);
+    scores[n.saturating_sub(1)].midpoint(scores[n]).clamp(0.0, 1.0)
 }
 
 /// Orders by a hash of the places.

@@ -24,6 +24,10 @@ use crate::tensor::Data;
 /// Interleaving 4 weight rows reached 14 GB/s, because the prefetcher loses the streams.
 const STREAMED: usize = 4;
 
+/// Floats of source rows that pass over a panel before the next one: they stay in the second-level cache. On one core of an
+/// EPYC 7003, 888 rows of 576 values: 65 GFLOP/s, 43 when all of them pass.
+const PASSED: usize = 1 << 15;
+
 /// Outputs of a task are a multiple of this: whole tiles in either way of computing, whole cache lines.
 const BLOCK: usize = 48;
 
@@ -249,22 +253,25 @@ impl Out<'_, '_, '_> {
         columns: Range<usize>,
     ) {
         let zero = V::splat(simd, 0.0);
-        // Sixteen accumulators, then eight, in the order of their outputs.
+        // Sixteen accumulators, if there are so many, then eight, in the order of their outputs.
         let mut values = [0.0; LANES + LANES / 2];
         let mut low = [zero; LANES];
         let mut high = [zero; LANES / 2];
+        let whole = if M * N > LANES / 2 { LANES } else { 0 };
         for m in 0..M {
             for n in 0..N {
                 match m * N + n {
-                    i @ 0..LANES => low[i] = acc[m][n],
-                    i => high[i - LANES] = acc[m][n],
+                    i if i < whole => low[i] = acc[m][n],
+                    i => high[i - whole] = acc[m][n],
                 }
             }
         }
-        self.finish::<S, N>(simd, sums(simd, low), columns.start, 0).store_slice(&mut values[..LANES]);
-        if M * N > LANES {
-            let last = self.finish::<S, N>(simd, sums_of_8(simd, high), columns.start, LANES);
-            values[LANES..].copy_from_slice(&last.to_array()[..LANES / 2]);
+        if whole > 0 {
+            self.finish::<S, N>(simd, sums(simd, low), columns.start, 0).store_slice(&mut values[..LANES]);
+        }
+        if M * N > whole {
+            let last = self.finish::<S, N>(simd, sums_of_8(simd, high), columns.start, whole);
+            values[whole..whole + LANES / 2].copy_from_slice(&last.to_array()[..LANES / 2]);
         }
         for m in 0..M {
             self.put::<N>(at + m, columns.start, &values[m * N..], columns.len());
@@ -351,27 +358,31 @@ fn tiles<S: Simd, E: Element, const M: usize, const N: usize>(
     let width = source.width;
     let steps = width.div_ceil(LANES);
     let panel = scratch.lines(N * steps);
-    for first in columns.clone().step_by(N) {
-        let n = N.min(columns.end - first);
-        for (j, panel) in panel.chunks_mut(steps).enumerate() {
-            // Rows that are missing in the last panel are those of its last one again; their results go nowhere.
-            let (w, w_tail) = weight[(first + j.min(n - 1)) * width..][..width].as_chunks();
-            for (line, w) in panel.iter_mut().zip(w) {
-                line.0 = E::widen(simd, w).to_array();
+    let pass = (PASSED / width.max(1)).next_multiple_of(M).max(M);
+    for start in (0..source.rows).step_by(pass) {
+        let end = source.rows.min(start + pass);
+        for first in columns.clone().step_by(N) {
+            let n = N.min(columns.end - first);
+            for (j, panel) in panel.chunks_mut(steps).enumerate() {
+                // Rows that are missing in the last panel are those of its last one again; their results go nowhere.
+                let (w, w_tail) = weight[(first + j.min(n - 1)) * width..][..width].as_chunks();
+                for (line, w) in panel.iter_mut().zip(w) {
+                    line.0 = E::widen(simd, w).to_array();
+                }
+                if !w_tail.is_empty() {
+                    panel[steps - 1].0 = E::widen(simd, &tail(w_tail)).to_array();
+                }
             }
-            if !w_tail.is_empty() {
-                panel[steps - 1].0 = E::widen(simd, &tail(w_tail)).to_array();
+            let columns = first..first + n;
+            let mut at = start;
+            while at < end {
+                at += match end - at {
+                    1 => tile::<S, 1, N>(simd, source, at, panel, columns.clone(), out),
+                    2 => tile::<S, 2, N>(simd, source, at, panel, columns.clone(), out),
+                    3 if M > 3 => tile::<S, 3, N>(simd, source, at, panel, columns.clone(), out),
+                    _ => tile::<S, M, N>(simd, source, at, panel, columns.clone(), out),
+                };
             }
-        }
-        let columns = first..first + n;
-        let mut at = 0;
-        while at < source.rows {
-            at += match source.rows - at {
-                1 => tile::<S, 1, N>(simd, source, at, panel, columns.clone(), out),
-                2 => tile::<S, 2, N>(simd, source, at, panel, columns.clone(), out),
-                3 if M > 3 => tile::<S, 3, N>(simd, source, at, panel, columns.clone(), out),
-                _ => tile::<S, M, N>(simd, source, at, panel, columns.clone(), out),
-            };
         }
     }
 }
