@@ -186,6 +186,8 @@ fn tune_makes_a_router_file_that_generate_uses() {
     assert_eq!(set.fingerprint, Some(embedded().weights.fingerprint()));
     let log = std::fs::read_to_string(format!("{out}.jsonl")).unwrap();
     assert_eq!(log.lines().count(), 3, "two steps and the end: {log}");
+    let svg = std::fs::read_to_string(format!("{out}.svg")).unwrap();
+    assert!(["loss", "capacity", "layer 3", "layer 6"].iter().all(|text| svg.contains(text)), "{svg}");
     let output = program(&["generate", "Tom had", "-n", "8", "--routers", out]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output).1);
 }
@@ -201,6 +203,8 @@ fn tune_refuses_what_it_cannot_do() {
         (vec!["--lr", "0"], "--lr is 0; give a positive number"),
         (vec!["--target-capacity", "1.5"], "--target-capacity is 1.5"),
         (vec!["--layers", "9"], "layer 9 of a model with the layers 0 to 7"),
+        (vec!["--layers", "auto:9"], "auto:9 of a model with 8 layers; name layers that the model has"),
+        (vec!["--layers", "auto:2", "--calibration", "0"], "--calibration is 0; give 1 or more"),
         (vec!["--memory", "1M"], "lower --max-length"),
         (vec!["--resume"], "No such file"),
     ] {
@@ -243,5 +247,54 @@ fn an_interrupted_tune_resumes() {
     let output = with(resumed, &["--resume"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output).1);
     assert_eq!(std::fs::read(whole).unwrap(), std::fs::read(resumed).unwrap());
-    assert_eq!(std::fs::read_to_string(&log).unwrap(), std::fs::read_to_string(format!("{whole}.jsonl")).unwrap());
+    let same = |name: &str| assert_eq!(read(&format!("{whole}.{name}")), read(&format!("{resumed}.{name}")), "{name}");
+    ["jsonl", "svg", "checkpoint"].iter().for_each(|name| same(name));
+}
+
+fn read(path: &str) -> Vec<u8> {
+    std::fs::read(path).unwrap()
+}
+
+/// `auto:N` measures once, and again when what it kept is broken.
+#[test]
+fn tune_measures_which_layers_are_missed_the_least() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, out) = (write_data(dir.path(), 12), dir.path().join("r.safetensors"));
+    let (data, out) = (data.to_str().unwrap(), out.to_str().unwrap());
+    let args = ["tune", "--data", data, "-o", out, "--layers", "auto:3", "--calibration", "4", "--granularity"];
+    let tune = |granularity: &str| {
+        let fixed = ["--steps", "1", "--batch", "2", "--max-length", "48", "--json"];
+        let mut command = program(&[&args[..], &[granularity], &fixed].concat());
+        let output = command.env("XDG_CACHE_HOME", dir.path()).output().unwrap();
+        let (json, err) = text(&output);
+        assert!(output.status.success(), "{err}");
+        (serde_json::from_str::<serde_json::Value>(&json).unwrap(), err)
+    };
+    let kept = || -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(dir.path().join("mindskip/layers")).unwrap();
+        entries.map(|entry| entry.unwrap().path()).collect()
+    };
+    let (first, err) = tune("attn_token");
+    assert!(err.contains("measuring layers") && err.contains("loss when skipped"), "{err}");
+    let layers = first["measured"]["layers"].as_array().unwrap();
+    let mut order: Vec<usize> = (0..8).collect();
+    order.sort_by(|&a, &b| layers[a]["loss"].as_f64().unwrap().total_cmp(&layers[b]["loss"].as_f64().unwrap()));
+    let mut cheapest = order[..3].to_vec();
+    cheapest.sort_unstable();
+    assert_eq!(first["layers"], serde_json::json!(cheapest));
+    let routed = (0..8).filter(|&l| layers[l]["routed"] == true).collect::<Vec<_>>();
+    assert_eq!(routed, cheapest);
+    assert_eq!(RouterSet::open(Path::new(out)).unwrap().weights.into_keys().collect::<Vec<_>>(), cheapest);
+    assert!(std::fs::read_to_string(format!("{out}.layers.svg")).unwrap().contains("not routed"));
+
+    let table = |err: &str| err.lines().filter(|line| line.contains(" +")).map(str::to_owned).collect::<Vec<_>>();
+    let measured = table(&err);
+    let (second, err) = tune("attn_sequence");
+    assert!(err.contains("layers were measured before: ") && !err.contains("measuring layers"), "{err}");
+    assert_eq!((second["layers"].clone(), table(&err)), (first["layers"].clone(), measured));
+    tune("mlp_token");
+    assert_eq!(kept().len(), 2);
+    kept().iter().for_each(|path| std::fs::write(path, "{").unwrap());
+    let (third, err) = tune("attn_token");
+    assert!(err.contains("measuring layers") && third == first, "{err}");
 }
