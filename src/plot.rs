@@ -13,6 +13,8 @@ use crate::files;
 /// Pixels of a chart, and those of them on the right that its legend takes.
 const SIZE: (u32, u32) = (900, 380);
 const LEGEND: u32 = 170;
+/// Lines of no more points show each.
+const FEW: usize = 12;
 
 /// Lines over common axes.
 #[derive(Debug, Clone, PartialEq)]
@@ -80,6 +82,10 @@ pub fn lines(charts: &[Chart]) -> Result<String> {
         let mut axes = axes(area, [&chart.title, &chart.x, &chart.y], [x, y], &legend)?;
         for line in &chart.lines {
             axes.draw_series(LineSeries::new(line.finite(), line.pen.style())).map_err(failed)?;
+            if line.points.len() <= FEW {
+                let style = line.pen.style().filled();
+                axes.draw_series(line.finite().map(|at| Circle::new(at, 4, style))).map_err(failed)?;
+            }
         }
         Ok(())
     })

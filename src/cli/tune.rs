@@ -1,6 +1,7 @@
 //! `mindskip tune`.
 
 mod layers;
+mod sweep;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use mindskip::tune::plan::StepLimits;
 use mindskip::tune::train::{Evaluation, StepReport, TrainSettings, Trainer};
 use mindskip::tune::{Goal, Ste, Tuner};
 use serde_json::json;
+use sweep::Targets;
 
 use super::args::{self, ModelArgs};
 use super::progress::{Bar, catch_interrupts, interrupted};
@@ -33,7 +35,8 @@ pub struct Tune {
     /// JSON lines, or one JSON array: records with messages, prompt and completion, or instruction, input and output.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
-    /// Where the routers go. Beside it: the log FILE.jsonl, its plot FILE.svg, and FILE.checkpoint.
+    /// Where the routers go. Beside it: the log FILE.jsonl, its plot FILE.svg, and FILE.checkpoint. Those of a sweep have
+    /// the capacity in their names: routers-0.75.safetensors.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     #[command(flatten)]
@@ -73,6 +76,10 @@ struct What {
     /// The share of (token, routed layer) pairs that shall be active.
     #[arg(long, value_name = "SHARE", default_value_t = 0.5, allow_negative_numbers = true)]
     target_capacity: f32,
+    /// Several target capacities, such as 0.9,0.75,0.5: routers for each, and a table, FILE.json and FILE.svg of what they cost
+    /// and buy.
+    #[arg(long, value_name = "LIST", conflicts_with = "target_capacity", value_parser = str::parse::<Targets>, allow_negative_numbers = true)]
+    sweep: Option<Targets>,
     /// Whose keys and values a routed layer holds: all, active.
     #[arg(long, value_name = "WHOSE", default_value = "all", value_parser = str::parse::<Keys>)]
     keys: Keys,
@@ -150,7 +157,10 @@ impl Tune {
             return Ok(bad("tune runs on the CPU only so far", "give --device cpu")?);
         }
         let base = self.base()?;
-        let mut trainer = self.trainer(&base)?;
+        if let Some(targets) = &self.what.sweep {
+            return self.sweep(&base, targets);
+        }
+        let mut trainer = self.trainer(&base, base.settings.clone())?;
         if self.resume {
             trainer.resume(&beside(&self.output, "checkpoint"))?;
         }
@@ -221,8 +231,8 @@ impl Tune {
         Ok(settings)
     }
 
-    fn trainer(&self, base: &Base) -> Result<Trainer> {
-        let Base { bundle, data, settings, max_length, layers, .. } = base;
+    fn trainer(&self, base: &Base, settings: TrainSettings) -> Result<Trainer> {
+        let Base { bundle, data, max_length, layers, .. } = base;
         let tuner = self.tuner(base, layers.clone(), *max_length)?;
         eprintln!(
             "layers {}; {} for a step of {max_length} tokens beside {} of weights",
@@ -230,7 +240,7 @@ impl Tune {
             Size(tuner.plan().total() - tuner.plan().weights),
             Size(tuner.plan().weights)
         );
-        Trainer::new(tuner, settings.clone(), data.clone(), bundle.weights.fingerprint())
+        Trainer::new(tuner, settings, data.clone(), bundle.weights.fingerprint())
     }
 
     /// A model with routers that are zero: everything is active.
@@ -267,9 +277,8 @@ impl Tune {
                 eprintln!("mindskip: stopped after step {}; go on with --resume", trainer.state.step);
                 return Ok(None);
             }
-            let taken = trainer.step().and_then(|report| log.write(&report).map(|()| report));
-            match taken {
-                Ok(report) => progress.show(&report),
+            let report = match trainer.step() {
+                Ok(report) => report,
                 Err(e) => {
                     // The cause is told even when the steps before it cannot be kept.
                     if let Err(other) = trainer.save(&checkpoint) {
@@ -277,7 +286,9 @@ impl Tune {
                     }
                     return Err(e);
                 }
-            }
+            };
+            log.write(&report)?;
+            progress.show(&report);
             if trainer.state.step.is_multiple_of(CHECKPOINT) {
                 trainer.save(&checkpoint)?;
             }
