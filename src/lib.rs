@@ -11,7 +11,7 @@
 //! | the method | [`router`], [`model`], [`sample`] |
 //! | sequences and batches | [`engine`], [`generate`](mod@generate) |
 //! | Router-Tuning | [`tune`] |
-//! | measuring | [`bench`](mod@bench) |
+//! | measuring | [`bench`](mod@bench), [`plot`] |
 //!
 //! A program of ten lines that generates stands in the README. [`model`] reads like the paper; start there.
 #![deny(unsafe_code)]
@@ -32,6 +32,7 @@ mod kv;
 pub mod machine;
 pub mod memory;
 pub mod model;
+pub mod plot;
 pub mod router;
 pub mod sample;
 mod step;

@@ -447,11 +447,13 @@ struct Published {
     mod_capacity: Option<serde_json::Value>,
 }
 
-/// Which layers are routed, as a user writes it: `last:N`, `all`, `3-9`, `1,2,5`.
+/// Which layers are routed, as a user writes it: `last:N`, `auto:N`, `all`, `3-9`, `1,2,5`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LayerSpec {
     /// The N layers before the final one, which is never routed; as in the paper.
     Last(usize),
+    /// The N layers that are missed the least; see [`LayerCosts`](crate::tune::layers::LayerCosts).
+    Auto(usize),
     /// Every layer.
     All,
     /// These, in ascending order.
@@ -459,7 +461,8 @@ pub enum LayerSpec {
 }
 
 impl LayerSpec {
-    /// The layers in a model of `layers` layers, ascending. Errors: Argument when one does not exist.
+    /// The layers in a model of `layers` layers, ascending. Errors: Argument when one does not exist, and for `auto:N`,
+    /// which a model's own losses decide.
     pub fn resolve(&self, layers: usize) -> Result<Vec<usize>> {
         let fail = |cause: String| Err(Error::new(Kind::Argument, cause).action("name layers that the model has"));
         match self {
@@ -467,6 +470,9 @@ impl LayerSpec {
                 fail(format!("last:{n} of a model with {layers} layers, of which the final one is not routed"))
             }
             LayerSpec::Last(n) => Ok((layers - 1 - n..layers - 1).collect()),
+            LayerSpec::Auto(n) if *n > layers => fail(format!("auto:{n} of a model with {layers} layers")),
+            LayerSpec::Auto(n) => Err(Error::new(Kind::Argument, format!("auto:{n} is for tune, which measures it"))
+                .action("write last:N or a list of layers")),
             LayerSpec::All => Ok((0..layers).collect()),
             LayerSpec::List(list) => match list.iter().find(|&&l| l >= layers) {
                 Some(layer) => {
@@ -483,23 +489,17 @@ impl FromStr for LayerSpec {
     fn from_str(text: &str) -> Result<Self> {
         let fail = || {
             Error::new(Kind::Argument, format!("{text:?} names no layers")).action(
-                "write last:N (the N before the final layer), all, a range such as 3-9, or a list such as 1,2,5",
+                "write last:N (the N before the final layer), auto:N, all, a range such as 3-9, or a list such as 1,2,5",
             )
         };
         let number = |s: &str| s.trim().parse::<u16>().map(usize::from).map_err(|_| fail());
         if text == "all" {
             return Ok(LayerSpec::All);
         }
-        if let Some(n) = text.strip_prefix("last:") {
-            return match number(n)? {
-                0 => Err(fail()),
-                n => Ok(LayerSpec::Last(n)),
-            };
-        }
-        if text.starts_with("auto") {
-            return Err(
-                Error::new(Kind::Unsupported, "auto:N does not exist yet").action("use last:N or a list of layers")
-            );
+        for (prefix, spec) in [("last:", LayerSpec::Last as fn(usize) -> _), ("auto:", LayerSpec::Auto)] {
+            if let Some(n) = text.strip_prefix(prefix) {
+                return Some(number(n)?).filter(|&n| n > 0).map(spec).ok_or_else(fail);
+            }
         }
         let mut layers = BTreeSet::new();
         for part in text.split(',') {
@@ -522,6 +522,7 @@ impl fmt::Display for LayerSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             LayerSpec::Last(n) => write!(f, "last:{n}"),
+            LayerSpec::Auto(n) => write!(f, "auto:{n}"),
             LayerSpec::All => f.write_str("all"),
             LayerSpec::List(list) => f.write_str(&list.iter().map(usize::to_string).collect::<Vec<_>>().join(",")),
         }
@@ -633,8 +634,10 @@ mod tests {
         assert_eq!(layers("3-5, 1,4").unwrap(), [1, 3, 4, 5]);
         assert_eq!(layers("all").unwrap().len(), 12);
         assert_eq!(layers("last:11").unwrap().len(), 11);
-        for wrong in ["last:12", "last:0", "last:", "", "12", "5-3", "1,,2", "-1", "1-", "last:99999999999", "auto:3"] {
+        let wrong = ["last:12", "last:0", "last:", "", "12", "5-3", "1,,2", "-1", "1-", "last:99999999999"];
+        for wrong in wrong.into_iter().chain(["auto:0", "auto:13", "auto:", "auto", "auto:-1", "auto:3"]) {
             assert!(layers(wrong).unwrap_err().to_string().contains("; "), "{wrong}");
         }
+        assert_eq!("auto:3".parse::<LayerSpec>().unwrap(), LayerSpec::Auto(3));
     }
 }

@@ -552,3 +552,35 @@ fn the_plan_is_of_one_layer_and_the_saved_inputs() {
     let error = Tuner::new(config(&folder), &weights, set, case.goal, less, Some(1)).err().unwrap();
     assert!(error.kind() == mindskip::Kind::Memory && error.to_string().contains("--max-length"), "{error}");
 }
+
+/// What is measured without a layer is what a router does there that keeps nobody; and a layer below is computed once.
+#[test]
+fn a_layer_left_out_is_one_that_all_rows_skip() {
+    let folder = goldens().join("routing/model");
+    let c = config(&folder);
+    let samples = samples(c.vocab, 11);
+    let refs: Vec<&Sample> = samples.iter().collect();
+    let zeros = |layers: &[usize]| layers.iter().map(|&l| (l, vec![0.0; c.hidden])).collect::<Routers>();
+    let every: Vec<usize> = (0..c.layers).collect();
+    for (name, &goal) in Granularity::NAMES.iter().zip(Goal::ALL.iter().cycle()) {
+        // A score of 1/2 does not reach 1.
+        let of = RouterSettings { granularity: name.parse().unwrap(), threshold: 1.0, ..RouterSettings::default() };
+        let case = Case { settings: of, ste: Ste::Full, goal };
+        let mut all = tuner(&folder, &case, &zeros(&every), LIMITS);
+        let (dense, sums) = all.without_each(&refs, goal).unwrap();
+        if of.granularity.target == Target::Attn {
+            let forward = c.layers * if goal == Goal::Dense { 2 } else { 1 };
+            let again = c.layers * (c.layers - 1) / 2;
+            assert_eq!(all.meter().ops[OpKind::Qkv as usize].calls as usize, forward + again, "{name}");
+        }
+        assert_eq!(dense, all.evaluate(&refs, goal, false).unwrap());
+        for &l in &every {
+            let found = tuner(&folder, &case, &zeros(&[l]), LIMITS).evaluate(&refs, goal, true).unwrap();
+            assert_eq!(found.active, [0], "{name}");
+            let sum: f64 = found.losses.iter().sum();
+            assert!((sums[l] - sum).abs() <= 1e-12 * sum, "{name} without layer {l}: {}, not {sum}", sums[l]);
+        }
+        let error = tuner(&folder, &case, &zeros(&[1]), LIMITS).without_each(&refs, goal).unwrap_err();
+        assert_eq!(error.kind(), mindskip::Kind::Argument);
+    }
+}

@@ -5,6 +5,7 @@
 //! chooses the best next token, as a greedy generation does; what goes in are random token ids, the same for all ways.
 
 mod format;
+mod ideal;
 mod ops;
 mod record;
 mod run;
@@ -12,6 +13,7 @@ mod shapes;
 pub mod stats;
 
 pub use format::{Format, Lines, save, write};
+pub use ideal::{Ideal, Text, ideal};
 pub use ops::{OpsPlan, measure_ops};
 pub use record::{Head, OpRow, Phase, Row};
 pub use run::{Progress, measure};

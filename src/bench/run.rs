@@ -34,7 +34,7 @@ const FILL: usize = 4096;
 const EVICT: usize = 128 << 20;
 
 /// The best token.
-const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
+pub(super) const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
 
 /// Tokens of a sequence at its end.
 pub(super) fn context(p: &Point) -> usize {

@@ -47,6 +47,40 @@ const PATIENCE: Duration = Duration::from_millis(700);
 /// Between two lines where there is no terminal.
 const LINES: Duration = Duration::from_secs(5);
 
+/// A bar on a terminal, now and then a line elsewhere.
+pub struct Bar {
+    bar: Option<ProgressBar>,
+    said: Option<Instant>,
+}
+
+impl Bar {
+    /// The template is indicatif's.
+    pub fn new(template: &str, done: usize, all: usize) -> Bar {
+        let target = ProgressDrawTarget::stderr();
+        let style = || ProgressStyle::with_template(template).expect("a fixed template");
+        let bar = || ProgressBar::with_draw_target(Some(all as u64), ProgressDrawTarget::stderr()).with_style(style());
+        let bar = (!target.is_hidden()).then(|| bar().with_position(done as u64));
+        Bar { bar, said: None }
+    }
+
+    /// `line` is what is said where there is no terminal: the first time, when it is due, and when it `must` be.
+    pub fn show(&mut self, done: usize, message: &str, must: bool, line: impl FnOnce() -> String) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(done as u64);
+            bar.set_message(message.to_string());
+        } else if must || self.said.is_none_or(|said| said.elapsed() > LINES) {
+            eprintln!("{}", line());
+            self.said = Some(Instant::now());
+        }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.bar.take().inspect(ProgressBar::finish_and_clear);
+    }
+}
+
 /// Watches prefills: a bar on a terminal, now and then a line elsewhere, and the end on ^C.
 pub fn reading() -> impl Fn(f64) -> ControlFlow<()> + Send + Sync {
     struct Seen {

@@ -1,25 +1,30 @@
 //! `mindskip tune`.
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+mod layers;
+mod sweep;
+
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use layers::Measured;
+use mindskip::Result;
 use mindskip::bundle::Bundle;
 use mindskip::engine::Device;
 use mindskip::memory::{Budget, Size, parse_budget};
+use mindskip::plot;
 use mindskip::router::{Granularity, Keys, LayerSpec, RouterSet, RouterSettings, Select};
 use mindskip::tune::data::{Dataset, Encoder};
+use mindskip::tune::log::{Log, charts};
 use mindskip::tune::plan::StepLimits;
 use mindskip::tune::train::{Evaluation, StepReport, TrainSettings, Trainer};
 use mindskip::tune::{Goal, Ste, Tuner};
-use mindskip::{Error, Kind, Result};
 use serde_json::json;
+use sweep::Targets;
 
 use super::args::{self, ModelArgs};
-use super::progress::{catch_interrupts, interrupted};
+use super::progress::{Bar, catch_interrupts, interrupted};
 use super::{Outcome, Ran, bad, print_json};
 
 /// Trains routers for a model, which itself stays as it is (Router-Tuning)
@@ -36,7 +41,8 @@ pub struct Tune {
     /// Routers to begin with, instead of zeros; with --steps 0 they are only evaluated.
     #[arg(long, value_name = "FILE")]
     routers: Option<PathBuf>,
-    /// Where the routers go. Its log is FILE.jsonl, its checkpoint FILE.checkpoint.
+    /// Where the routers go. Beside it: the log FILE.jsonl, its plot FILE.svg, and FILE.checkpoint. Those of a sweep have
+    /// the capacity in their names: routers-0.75.safetensors.
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
     #[command(flatten)]
@@ -66,12 +72,20 @@ struct What {
     /// What is skipped, and what decides: attn, mlp or block, by token or sequence (attn_token …).
     #[arg(long, value_name = "NAME", default_value = "attn_token", value_parser = str::parse::<Granularity>)]
     granularity: Granularity,
-    /// Routed layers: last:N (before the final one), all, 3-9, 1,2,5. The upper half when nothing is given.
+    /// Routed layers: last:N (before the final one), auto:N (which are missed the least, as measured), all, 3-9, 1,2,5.
+    /// The upper half when nothing is given.
     #[arg(long, value_parser = str::parse::<LayerSpec>)]
     layers: Option<LayerSpec>,
+    /// Training samples that auto:N measures with.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    calibration: usize,
     /// The share of (token, routed layer) pairs that shall be active.
     #[arg(long, value_name = "SHARE", default_value_t = 0.5, allow_negative_numbers = true)]
     target_capacity: f32,
+    /// Several target capacities, such as 0.9,0.75,0.5: routers for each, and a table, FILE.json and FILE.svg of what they cost
+    /// and buy.
+    #[arg(long, value_name = "LIST", conflicts_with = "target_capacity", value_parser = str::parse::<Targets>, allow_negative_numbers = true)]
+    sweep: Option<Targets>,
     /// Whose keys and values a routed layer holds: all, active.
     #[arg(long, value_name = "WHOSE", default_value = "all", value_parser = str::parse::<Keys>)]
     keys: Keys,
@@ -123,8 +137,28 @@ struct How {
 const CHECKPOINT: usize = 10;
 /// Samples of a step at most.
 const SAMPLES: usize = 64;
-/// Between two lines where there is no terminal.
-const LINES: Duration = Duration::from_secs(5);
+
+/// What a run begins with.
+struct Base {
+    bundle: Bundle,
+    data: Dataset,
+    /// What to evaluate with, instead of a part of the data.
+    val: Vec<Dataset>,
+    /// What the routers begin with, instead of zeros.
+    start: Option<RouterSet>,
+    settings: TrainSettings,
+    /// Tokens of a sample at most, and of a step.
+    max_length: usize,
+    layers: Vec<usize>,
+    /// When the layers were asked for as auto:N.
+    measured: Option<Measured>,
+}
+
+/// What a run ends with.
+struct Trained {
+    set: RouterSet,
+    routed: Option<Evaluation>,
+}
 
 impl Tune {
     pub fn run(self) -> Ran {
@@ -132,53 +166,32 @@ impl Tune {
         if !matches!(self.device, Device::Cpu | Device::Auto) {
             return Ok(bad("tune runs on the CPU only so far", "give --device cpu")?);
         }
-        let checkpoint = beside(&self.output, "checkpoint");
-        let (mut trainer, others) = self.trainer()?;
+        let base = self.base()?;
+        if let Some(targets) = &self.what.sweep {
+            return self.sweep(&base, targets);
+        }
+        let mut trainer = self.trainer(&base, base.settings.clone())?;
         if self.resume {
-            trainer.resume(&checkpoint)?;
+            trainer.resume(&beside(&self.output, "checkpoint"))?;
         }
-        let mut record = Record::open(&beside(&self.output, "jsonl"), trainer.state.step)?;
-        let dense = trainer.evaluate(false)?;
-        if let Some(dense) = dense {
-            eprintln!("held out: {} samples, dense loss {:.4}", trainer.held_out().len(), dense.loss);
-        }
-        let mut progress = Progress::new(trainer.state.step, trainer.settings().steps);
-        while !trainer.is_done() {
-            if interrupted() {
-                trainer.save(&checkpoint)?;
-                eprintln!("mindskip: stopped after step {}; go on with --resume", trainer.state.step);
-                return Ok(Outcome::Interrupted);
-            }
-            let report = match trainer.step() {
-                Ok(report) => report,
-                Err(e) => {
-                    trainer.save(&checkpoint)?;
-                    return Err(e.into());
-                }
-            };
-            record.write(&json!(report))?;
-            progress.show(&report);
-            if trainer.state.step.is_multiple_of(CHECKPOINT) {
-                trainer.save(&checkpoint)?;
-            }
-        }
-        progress.finish();
-        trainer.save(&checkpoint)?;
-        let (set, routed) = trainer.finish(dense)?;
-        set.save(&self.output)?;
-        record.write(&json!({"dense": dense, "routed": routed, "threshold": set.settings.threshold}))?;
-        let first = self.val.first().map_or("held out".into(), |path| path.display().to_string());
-        let mut found: Vec<_> = dense.zip(routed).map(|(dense, routed)| (first, dense, routed)).into_iter().collect();
-        for data in &others {
-            let mut of = |routed| trainer.evaluate_on(&data.samples, routed);
-            found.push((data.path.display().to_string(), of(false)?, of(true)?));
-        }
-        self.show(&set, &found)?;
+        let dense = self.dense(&mut trainer)?;
+        let Some(trained) = self.train(&mut trainer, &self.output, dense)? else {
+            return Ok(Outcome::Interrupted);
+        };
+        let others = base.val.iter().skip(1).map(|data| {
+            let [dense, routed] = [false, true].map(|routed| trainer.evaluate_on(&data.samples, routed));
+            Ok((&*data.path, dense?, routed?))
+        });
+        let found = dense.zip(trained.routed).map(|(dense, routed)| {
+            let path = self.val.first().map_or(Path::new("held out"), |path| path);
+            Ok((path, dense, routed))
+        });
+        let found: Vec<_> = found.into_iter().chain(others).collect::<Result<_>>()?;
+        self.show(&trained.set, &found, base.measured.as_ref())?;
         Ok(Outcome::Done)
     }
 
-    /// A run, and what else it is evaluated with.
-    fn trainer(&self) -> Result<(Trainer, Vec<Dataset>)> {
+    fn base(&self) -> Result<Base> {
         let bundle = self.model.load()?;
         let (tokenizer, template) = (bundle.tokenizer()?, bundle.chat_template()?);
         let max_length = self.how.max_length.min(bundle.config.context);
@@ -192,28 +205,24 @@ impl Tune {
             Ok(data)
         };
         let data = open(&self.data)?;
-        let mut others: Vec<Dataset> = self.val.iter().map(open).collect::<Result<_>>()?;
-        let settings = self.settings(data.samples.len())?;
+        let val = self.val.iter().map(open).collect::<Result<_>>()?;
         let start = self.routers.as_ref().map(|path| RouterSet::open(path)).transpose()?;
         if let Some(set) = &start {
             set.check(&bundle.config, &bundle.weights.fingerprint())?;
         }
-        let fingerprint = bundle.weights.fingerprint();
-        let tuner = self.tuner(bundle, settings.router, max_length)?;
-        eprintln!(
-            "layers {}; {} for a step of {max_length} tokens beside {} of weights",
-            list(tuner.layers()),
-            Size(tuner.plan().total() - tuner.plan().weights),
-            Size(tuner.plan().weights)
-        );
-        let mut trainer = Trainer::new(tuner, settings, data, fingerprint)?;
-        if let Some(set) = &start {
-            trainer.start_from(set)?;
+        let settings = self.settings(data.samples.len())?;
+        let mut base = Base { bundle, data, val, start, settings, max_length, layers: Vec::new(), measured: None };
+        let count = base.bundle.config.layers;
+        let half = count.div_ceil(2).min(count - 1).max(1);
+        match self.what.layers.clone().unwrap_or(LayerSpec::Last(half)) {
+            LayerSpec::Auto(n) if n <= count => {
+                let measured = self.measure(&base, n)?;
+                base.layers.clone_from(&measured.layers);
+                base.measured = Some(measured);
+            }
+            spec => base.layers = spec.resolve(count)?,
         }
-        if !others.is_empty() {
-            trainer.hold_out(others.remove(0).samples);
-        }
-        Ok((trainer, others))
+        Ok(base)
     }
 
     fn settings(&self, samples: usize) -> Result<TrainSettings> {
@@ -248,41 +257,117 @@ impl Tune {
         Ok(settings)
     }
 
+    fn trainer(&self, base: &Base, settings: TrainSettings) -> Result<Trainer> {
+        let Base { bundle, data, max_length, layers, .. } = base;
+        let tuner = self.tuner(base, layers.clone(), *max_length)?;
+        eprintln!(
+            "layers {}; {} for a step of {max_length} tokens beside {} of weights",
+            list(tuner.layers()),
+            Size(tuner.plan().total() - tuner.plan().weights),
+            Size(tuner.plan().weights)
+        );
+        let mut trainer = Trainer::new(tuner, settings, data.clone(), bundle.weights.fingerprint())?;
+        if let Some(set) = &base.start {
+            trainer.start_from(set)?;
+        }
+        if let Some(data) = base.val.first() {
+            trainer.hold_out(data.samples.clone());
+        }
+        Ok(trainer)
+    }
+
     /// A model with routers that are zero: everything is active.
-    fn tuner(&self, bundle: Bundle, router: RouterSettings, max_length: usize) -> Result<Tuner> {
-        let half = bundle.config.layers.div_ceil(2).min(bundle.config.layers - 1).max(1);
-        let layers = self.what.layers.clone().unwrap_or(LayerSpec::Last(half)).resolve(bundle.config.layers)?;
+    fn tuner(&self, base: &Base, layers: impl IntoIterator<Item = usize>, rows: usize) -> Result<Tuner> {
+        let Base { bundle, settings, .. } = base;
         let routers = RouterSet {
-            settings: router,
+            settings: settings.router,
             weights: layers.into_iter().map(|l| (l, vec![0.0; bundle.config.hidden])).collect(),
             fingerprint: None,
             metadata: Default::default(),
             path: self.output.clone(),
         };
-        let limits = StepLimits { rows: max_length, samples: SAMPLES, chunk: 256, memory: self.memory };
-        Tuner::new(bundle.config, &bundle.weights, routers, self.how.loss, limits, self.threads)
+        let limits = StepLimits { rows, samples: SAMPLES, chunk: 256, memory: self.memory };
+        Tuner::new(bundle.config.clone(), &bundle.weights, routers, self.how.loss, limits, self.threads)
     }
 
-    fn show(&self, set: &RouterSet, found: &[(String, Evaluation, Evaluation)]) -> io::Result<()> {
+    /// What the dense model does on the held-out samples.
+    fn dense(&self, trainer: &mut Trainer) -> Result<Option<Evaluation>> {
+        let dense = trainer.evaluate(false)?;
+        if let Some(dense) = dense {
+            eprintln!("held out: {} samples, dense loss {:.4}", trainer.held_out().len(), dense.loss);
+        }
+        Ok(dense)
+    }
+
+    /// The steps that are left, and the files of the result; None when ^C came before the end.
+    fn train(&self, trainer: &mut Trainer, output: &Path, dense: Option<Evaluation>) -> Result<Option<Trained>> {
+        let [checkpoint, log_path, plot_path] = ["checkpoint", "jsonl", "svg"].map(|name| beside(output, name));
+        let mut log = Log::open(&log_path, trainer.state.step)?;
+        let mut progress = Progress::new(trainer.state.step, trainer.settings().steps);
+        while !trainer.is_done() {
+            if interrupted() {
+                trainer.save(&checkpoint)?;
+                eprintln!("mindskip: stopped after step {}; go on with --resume", trainer.state.step);
+                return Ok(None);
+            }
+            let report = match trainer.step() {
+                Ok(report) => report,
+                Err(e) => {
+                    // The cause is told even when the steps before it cannot be kept.
+                    if let Err(other) = trainer.save(&checkpoint) {
+                        eprintln!("mindskip: {other}");
+                    }
+                    return Err(e);
+                }
+            };
+            log.write(&report)?;
+            progress.show(&report);
+            if trainer.state.step.is_multiple_of(CHECKPOINT) {
+                trainer.save(&checkpoint)?;
+            }
+        }
+        drop(progress);
+        trainer.save(&checkpoint)?;
+        let (set, routed) = trainer.finish(dense)?;
+        set.save(output)?;
+        log.write(&json!({"dense": dense, "routed": routed, "threshold": set.settings.threshold}))?;
+        let title = format!("{}, capacity {}", set.settings.granularity, trainer.settings().target);
+        let charts = charts(&title, trainer.tuner().layers(), &Log::steps(&log_path)?);
+        plot::save(&plot::lines(&charts)?, &plot_path)?;
+        Ok(Some(Trained { set, routed }))
+    }
+
+    /// `found`: by data, what the dense model does there and what the routed one does.
+    fn show(
+        &self,
+        set: &RouterSet,
+        found: &[(&Path, Evaluation, Evaluation)],
+        measured: Option<&Measured>,
+    ) -> io::Result<()> {
         let settings = set.settings;
         if self.json {
-            let of = |(name, dense, routed): &(String, Evaluation, Evaluation)| json!({"data": name, "dense": dense, "routed": routed});
+            let of = |(path, dense, routed): &_| json!({"data": path, "dense": dense, "routed": routed});
             return print_json(&json!({
                 "routers": self.output,
                 "layers": set.weights.keys().collect::<Vec<_>>(),
+                "measured": measured.map(Measured::json),
                 "threshold": settings.threshold,
                 "held_out": found.iter().map(of).collect::<Vec<_>>(),
             }));
         }
         let mut out = io::stdout().lock();
         writeln!(out, "{}: {}, threshold {}", self.output.display(), settings.granularity, settings.threshold)?;
-        let width = found.iter().map(|(name, ..)| name.len()).max().unwrap_or(0);
+        let width = found.iter().map(|(path, ..)| path.as_os_str().len()).max().unwrap_or(0);
         if !found.is_empty() {
-            writeln!(out, "{:width$}   dense   routed            capacity", "")?;
+            writeln!(out, "{:width$}     dense   routed    change   capacity", "loss")?;
         }
-        for (name, dense, routed) in found {
-            let (change, capacity) = (routed.loss - dense.loss, routed.capacity * 100.0);
-            writeln!(out, "{name:width$}  {:.4}   {:.4} ({change:+.4})     {capacity:5.1}%", dense.loss, routed.loss)?;
+        for (path, dense, routed) in found {
+            let (change, capacity, path) = (routed.loss - dense.loss, routed.capacity * 100.0, path.display());
+            writeln!(
+                out,
+                "{path:width$}    {:.4}   {:.4}   {change:+.4}     {capacity:5.1}%",
+                dense.loss, routed.loss
+            )?;
         }
         Ok(())
     }
@@ -300,44 +385,10 @@ fn list(layers: &[usize]) -> String {
     layers.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// The log: one JSON object a step.
-struct Record {
-    path: PathBuf,
-    file: BufWriter<File>,
-}
-
-impl Record {
-    /// With the steps that were taken before: those up to `taken` of the log that is there.
-    fn open(path: &Path, taken: usize) -> Result<Record> {
-        let old = if taken > 0 { std::fs::read_to_string(path).map_err(|e| failed(path, &e))? } else { String::new() };
-        let is_kept = |line: &&str| {
-            let step = serde_json::from_str::<serde_json::Value>(line).ok().and_then(|v| v["step"].as_u64());
-            step.is_some_and(|step| step <= taken as u64)
-        };
-        let file = File::create(path).map_err(|e| failed(path, &e))?;
-        let mut record = Record { path: path.into(), file: BufWriter::new(file) };
-        old.lines().filter(is_kept).try_for_each(|line| record.line(line))?;
-        Ok(record)
-    }
-
-    fn write(&mut self, value: &serde_json::Value) -> Result<()> {
-        self.line(&value.to_string())
-    }
-
-    fn line(&mut self, line: &str) -> Result<()> {
-        writeln!(self.file, "{line}").and_then(|()| self.file.flush()).map_err(|e| failed(&self.path, &e))
-    }
-}
-
-fn failed(path: &Path, error: &io::Error) -> Error {
-    Error::new(Kind::Io, format!("the log cannot be written: {error}")).at(path).action("check the path and the disk")
-}
-
-/// A bar on a terminal, now and then a line elsewhere.
+/// How far a run is.
 struct Progress {
-    bar: Option<ProgressBar>,
+    bar: Bar,
     start: Instant,
-    said: Option<Instant>,
     first: usize,
     steps: usize,
     tokens: usize,
@@ -345,14 +396,8 @@ struct Progress {
 
 impl Progress {
     fn new(first: usize, steps: usize) -> Progress {
-        let target = ProgressDrawTarget::stderr();
-        let bar = (!target.is_hidden()).then(|| {
-            let style =
-                ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg} {eta} left").expect("a fixed template");
-            let bar = ProgressBar::with_draw_target(Some(steps as u64), target).with_style(style);
-            bar.with_position(first as u64)
-        });
-        Progress { bar, start: Instant::now(), said: None, first, steps, tokens: 0 }
+        let bar = Bar::new("{wide_bar} {pos}/{len} {msg} {eta} left", first, steps);
+        Progress { bar, start: Instant::now(), first, steps, tokens: 0 }
     }
 
     fn show(&mut self, report: &StepReport) {
@@ -360,17 +405,9 @@ impl Progress {
         let seconds = self.start.elapsed().as_secs_f64();
         let rate = self.tokens as f64 / seconds;
         let text = format!("loss {:.4} capacity {:.3} {rate:.0} tok/s", report.loss, report.capacity);
-        if let Some(bar) = &self.bar {
-            bar.set_position(report.step as u64);
-            bar.set_message(text);
-        } else if report.step == self.steps || self.said.is_none_or(|said| said.elapsed() > LINES) {
+        self.bar.show(report.step, &text, report.step == self.steps, || {
             let left = seconds / (report.step - self.first) as f64 * (self.steps - report.step) as f64;
-            eprintln!("step {}/{} {text}, {left:.0} s left", report.step, self.steps);
-            self.said = Some(Instant::now());
-        }
-    }
-
-    fn finish(&mut self) {
-        self.bar.take().inspect(ProgressBar::finish_and_clear);
+            format!("step {}/{} {text}, {left:.0} s left", report.step, self.steps)
+        });
     }
 }

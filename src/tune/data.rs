@@ -94,8 +94,8 @@ impl Dataset {
     }
 }
 
-/// 32 hex digits.
-fn digest(bytes: &[u8]) -> String {
+/// 32 hex digits of the SHA-256.
+pub(super) fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes)[..16].iter().map(|b| format!("{b:02x}")).collect()
 }
 

@@ -3,12 +3,16 @@
 //! | | |
 //! | --- | --- |
 //! | [`data`] | text files to samples: tokens, and which of them are answers |
+//! | [`layers`] | which layers are missed the least |
 //! | [`train`] | a run: batches, AdamW, the capacity controller, checkpoints |
+//! | [`log`] | what a run did, step by step, and its plot |
 //! | [`Tuner`] | one step over some samples: losses, capacities, gradients of the routers |
 //! | [`plan`] | the memory of a step |
 
 mod checkpoint;
 pub mod data;
+pub mod layers;
+pub mod log;
 mod pass;
 pub mod plan;
 pub mod train;
@@ -123,12 +127,34 @@ impl Tuner {
     ///
     /// Errors: as of [`step`](Self::step).
     pub fn evaluate(&mut self, samples: &[&Sample], goal: Goal, routed: bool) -> Result<StepOutcome> {
-        let settings =
-            StepSettings { goal, ste: Ste::Active, loss_scale: 0.0, lambda: 0.0, target: 1.0, capacity_scale: 0.0 };
         self.run(samples, goal == Goal::Dense, |pass| {
             pass.routed = routed;
-            Ok((pass.forward(false)?, pass.head(&settings, false)?))
+            Ok((pass.forward(false)?, pass.head(&StepSettings::forward(goal), false)?))
         })
+    }
+
+    /// What the dense model finds, and the sums of the losses, by layer, when that layer's sub-layer is left out for every
+    /// row. A layer below is computed once, so all of it takes about half as many forward passes as there are layers.
+    ///
+    /// Errors: as of [`step`](Self::step); Argument when the inputs of some layers are not kept, as layer 0 is not a
+    /// routed one.
+    pub fn without_each(&mut self, samples: &[&Sample], goal: Goal) -> Result<(StepOutcome, Vec<f64>)> {
+        let target =
+            self.model.routing.as_ref().filter(|_| self.plan.first == 0).map(|r| r.settings.granularity.target);
+        let target = target.ok_or_else(|| Error::new(Kind::Argument, "layer 0 is not routed"))?;
+        let mut sums = Vec::new();
+        let dense = self.run(samples, goal == Goal::Dense, |pass| {
+            pass.routed = false;
+            pass.forward(true)?;
+            let losses = pass.head(&StepSettings::forward(goal), false)?;
+            for l in 0..pass.model.layers.len() {
+                pass.forward_without(l, target)?;
+                let losses = pass.head(&StepSettings::forward(goal), false)?;
+                sums.push(losses.into_iter().map(f64::from).sum());
+            }
+            Ok((Vec::new(), losses))
+        })?;
+        Ok((dense, sums))
     }
 
     fn run(

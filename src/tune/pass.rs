@@ -30,6 +30,13 @@ pub struct StepSettings {
     pub capacity_scale: f32,
 }
 
+impl StepSettings {
+    /// Of a step that goes forward only.
+    pub(super) fn forward(goal: Goal) -> Self {
+        StepSettings { goal, ste: Ste::Active, loss_scale: 0.0, lambda: 0.0, target: 1.0, capacity_scale: 0.0 }
+    }
+}
+
 /// What a step has found.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepOutcome {
@@ -161,8 +168,14 @@ impl Pass<'_> {
         let b = self.buffers();
         let ids = b.ids.slice(0..self.rows());
         self.be.embed(&Embed { table: self.model.embed, ids, out: b.x })?;
+        self.layers(0, save)
+    }
+
+    /// The layers from one on; see [`forward`](Self::forward).
+    fn layers(&mut self, from: usize, save: bool) -> Result<Vec<usize>> {
+        let b = self.buffers();
         let mut active = Vec::new();
-        for l in 0..self.model.layers.len() {
+        for l in from..self.model.layers.len() {
             if let Some(out) = self.saved(l).filter(|_| save) {
                 self.be.copy(&CopyRows { src: Some(self.part(b.x)), out })?;
             }
@@ -174,6 +187,18 @@ impl Pass<'_> {
             }
         }
         Ok(active)
+    }
+
+    /// Again from a layer on whose input was kept, with its sub-layer left out for every row.
+    pub fn forward_without(&mut self, l: usize, target: Target) -> Result<()> {
+        let input = self.saved(l).expect("its input was kept");
+        self.be.copy(&CopyRows { src: Some(input), out: self.part(self.buffers().x) })?;
+        match target {
+            Target::Attn => self.mlp(l, self.all())?,
+            Target::Mlp => self.attention(l).map(drop)?,
+            Target::Block => {}
+        }
+        self.layers(l + 1, false).map(drop)
     }
 
     /// The scores of a routed layer, where they are wanted; its router's logits are those that were computed last.

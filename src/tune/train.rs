@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::f64::consts::PI;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::checkpoint;
 use super::data::Dataset;
@@ -60,7 +60,7 @@ pub struct TrainSettings {
 }
 
 impl TrainSettings {
-    fn goal(&self) -> Goal {
+    pub fn goal(&self) -> Goal {
         self.goal.parse().expect("a name")
     }
 
@@ -76,6 +76,20 @@ impl TrainSettings {
     /// Whether the threshold does.
     fn moves_threshold(&self) -> bool {
         self.lambda.is_none() && self.calibrate && self.router.select == Select::Threshold
+    }
+
+    /// The samples for training and those that are held out, in an order of the seed. Errors: Argument when none is left
+    /// to train with.
+    pub fn split(&self, mut samples: Vec<Sample>) -> Result<(Vec<Sample>, Vec<Sample>)> {
+        shuffle(&mut samples, mix(self.seed ^ 0x5eed));
+        let held = (samples.len() as f64 * self.val_split).round() as usize;
+        if held == samples.len() {
+            return Err(
+                Error::new(Kind::Argument, format!("all {held} samples are held out")).action("lower --val-split")
+            );
+        }
+        let held_out = samples.split_off(samples.len() - held);
+        Ok((samples, held_out))
     }
 
     /// Errors: Argument, naming the number that is out of range.
@@ -106,7 +120,7 @@ pub struct TrainState {
 }
 
 /// What one step did.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// From 1.
     pub step: usize,
@@ -148,15 +162,7 @@ impl Trainer {
     pub fn new(tuner: Tuner, settings: TrainSettings, data: Dataset, fingerprint: String) -> Result<Self> {
         settings.check()?;
         let hash = data.hash;
-        let mut samples = data.samples;
-        shuffle(&mut samples, mix(settings.seed ^ 0x5eed));
-        let held = (samples.len() as f64 * settings.val_split).round() as usize;
-        if held == samples.len() {
-            return Err(
-                Error::new(Kind::Argument, format!("all {held} samples are held out")).action("lower --val-split")
-            );
-        }
-        let held_out = samples.split_off(samples.len() - held);
+        let (training, held_out) = settings.split(data.samples)?;
         let values = tuner.layers().len() * tuner.config().hidden;
         let zeros = vec![0.0; values];
         let state = TrainState {
@@ -176,7 +182,7 @@ impl Trainer {
             "model": fingerprint,
         });
         let identity = identity.to_string();
-        Ok(Trainer { tuner, settings, training: samples, held_out, state, identity, fingerprint, hash })
+        Ok(Trainer { tuner, settings, training, held_out, state, identity, fingerprint, hash })
     }
 
     pub fn settings(&self) -> &TrainSettings {
@@ -453,7 +459,7 @@ fn shuffle<T>(items: &mut Vec<T>, seed: u64) {
 }
 
 /// Cuts samples into parts that fit a step, in their order.
-fn pack<'s, 'a>(samples: &'s [&'a Sample], tuner: &Tuner) -> Vec<&'s [&'a Sample]> {
+pub(super) fn pack<'s, 'a>(samples: &'s [&'a Sample], tuner: &Tuner) -> Vec<&'s [&'a Sample]> {
     let limits = tuner.plan().limits;
     let (mut parts, mut start, mut rows) = (Vec::new(), 0, 0);
     for (i, sample) in samples.iter().enumerate() {
