@@ -35,6 +35,10 @@ pub struct Tune {
     /// JSON lines, or one JSON array: records with messages, prompt and completion, or instruction, input and output.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
+    /// Records that the model shall answer as it did before, such as {"text": …}: they are compared with the dense model,
+    /// and the capacity is not theirs.
+    #[arg(long, value_name = "FILE")]
+    keep: Option<PathBuf>,
     /// Records to evaluate with, instead of a part of the data that is held out; may be given again.
     #[arg(long, value_name = "FILE")]
     val: Vec<PathBuf>,
@@ -142,6 +146,7 @@ const SAMPLES: usize = 64;
 struct Base {
     bundle: Bundle,
     data: Dataset,
+    keep: Option<Dataset>,
     /// What to evaluate with, instead of a part of the data.
     val: Vec<Dataset>,
     /// What the routers begin with, instead of zeros.
@@ -205,13 +210,15 @@ impl Tune {
             Ok(data)
         };
         let data = open(&self.data)?;
+        let keep = self.keep.as_ref().map(open).transpose()?;
         let val = self.val.iter().map(open).collect::<Result<_>>()?;
         let start = self.routers.as_ref().map(|path| RouterSet::open(path)).transpose()?;
         if let Some(set) = &start {
             set.check(&bundle.config, &bundle.weights.fingerprint())?;
         }
         let settings = self.settings(data.samples.len())?;
-        let mut base = Base { bundle, data, val, start, settings, max_length, layers: Vec::new(), measured: None };
+        let mut base =
+            Base { bundle, data, keep, val, start, settings, max_length, layers: Vec::new(), measured: None };
         let count = base.bundle.config.layers;
         let half = count.div_ceil(2).min(count - 1).max(1);
         match self.what.layers.clone().unwrap_or(LayerSpec::Last(half)) {
@@ -270,6 +277,9 @@ impl Tune {
         if let Some(set) = &base.start {
             trainer.start_from(set)?;
         }
+        if let Some(data) = &base.keep {
+            trainer.keep(data.clone());
+        }
         if let Some(data) = base.val.first() {
             trainer.hold_out(data.samples.clone());
         }
@@ -287,7 +297,8 @@ impl Tune {
             path: self.output.clone(),
         };
         let limits = StepLimits { rows, samples: SAMPLES, chunk: 256, memory: self.memory };
-        Tuner::new(bundle.config.clone(), &bundle.weights, routers, self.how.loss, limits, self.threads)
+        let goal = if self.keep.is_some() { Goal::Dense } else { self.how.loss };
+        Tuner::new(bundle.config.clone(), &bundle.weights, routers, goal, limits, self.threads)
     }
 
     /// What the dense model does on the held-out samples.

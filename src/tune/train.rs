@@ -134,10 +134,13 @@ pub struct StepReport {
     pub lr: f64,
     /// Tokens that passed the layers.
     pub tokens: usize,
+    /// How far the kept text's distributions are from the dense model's, and its capacity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<Evaluation>,
 }
 
 /// How good a model is on some samples.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
     /// Of an answer token.
     pub loss: f64,
@@ -150,6 +153,7 @@ pub struct Trainer {
     settings: TrainSettings,
     training: Vec<Sample>,
     held_out: Vec<Sample>,
+    kept: Vec<Sample>,
     pub state: TrainState,
     /// Of this run: what a checkpoint must agree with.
     identity: String,
@@ -182,7 +186,7 @@ impl Trainer {
             "model": fingerprint,
         });
         let identity = identity.to_string();
-        Ok(Trainer { tuner, settings, training, held_out, state, identity, fingerprint, hash })
+        Ok(Trainer { tuner, settings, training, held_out, kept: Vec::new(), state, identity, fingerprint, hash })
     }
 
     pub fn settings(&self) -> &TrainSettings {
@@ -204,6 +208,14 @@ impl Trainer {
     /// Evaluates with these samples, instead of what was split off.
     pub fn hold_out(&mut self, samples: Vec<Sample>) {
         self.held_out = samples;
+    }
+
+    /// Text that the model shall continue as it did before: half as many of its samples as of the data pass with every
+    /// batch, to be compared with the dense model. The capacity is not theirs. The tuner needs room for
+    /// [`Goal::Dense`].
+    pub fn keep(&mut self, data: Dataset) {
+        self.identity += &data.hash;
+        self.kept = data.samples;
     }
 
     /// Begins with other routers than zeros. Errors: Shape for other layers.
@@ -259,6 +271,13 @@ impl Trainer {
                 }
             }
         }
+        let kept = match self.step_kept() {
+            Ok(kept) => kept,
+            Err(e) => {
+                self.tuner.take_gradients()?;
+                return Err(e);
+            }
+        };
         let gradients = self.tuner.take_gradients()?;
         if let Some(i) = gradients.iter().position(|g| !g.is_finite()) {
             let layer = self.tuner.layers()[i / self.tuner.config().hidden];
@@ -276,6 +295,7 @@ impl Trainer {
             threshold,
             lr,
             tokens: rows,
+            kept,
         };
         self.state.step += 1;
         self.state.threshold = threshold;
@@ -284,6 +304,30 @@ impl Trainer {
             self.state.lambda = lambda.clamp(LAMBDAS.0, LAMBDAS.1);
         }
         Ok(report)
+    }
+
+    /// The gradients of the text that is kept.
+    fn step_kept(&mut self) -> Result<Option<Evaluation>> {
+        if self.kept.is_empty() {
+            return Ok(None);
+        }
+        let (s, step, n) = (&self.settings, self.state.step, self.settings.batch.div_ceil(2));
+        let samples: Vec<&Sample> = (step * n..(step + 1) * n).map(|i| &self.kept[i % self.kept.len()]).collect();
+        let answers: usize = samples.iter().map(|s| s.answers().count()).sum();
+        let settings = StepSettings {
+            goal: Goal::Dense,
+            ste: s.ste(),
+            loss_scale: 1.0 / answers as f32,
+            lambda: 0.0,
+            target: 1.0,
+            capacity_scale: 0.0,
+        };
+        let mut sum = Sum::new(self.tuner.layers().len());
+        for part in pack(&samples, &self.tuner) {
+            let outcome = self.tuner.step(part, &settings);
+            sum.add(&outcome.map_err(|e| e.during(format!("taking step {} with the text to keep", step + 1)))?);
+        }
+        Ok(Some(Evaluation { loss: sum.loss(), capacity: sum.capacity() }))
     }
 
     /// The samples of the next batch: every epoch has an order of its own.
