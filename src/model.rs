@@ -102,16 +102,18 @@ impl Routing {
         Routing { settings: set.settings, layers: set.weights.keys().copied().collect(), gates: Gates::Routers(set) }
     }
 
-    /// The part that decides, in prefill or in decode (top-k is a matter of whole prompts).
-    pub(crate) fn decide(&self, phase: Phase) -> Decide {
+    /// The part that decides in a layer, in prefill or in decode (top-k is a matter of whole prompts).
+    pub(crate) fn decide(&self, layer: usize, phase: Phase) -> Decide {
         let s = &self.settings;
-        match (s.granularity.level, s.select, phase, &self.gates) {
+        let threshold = match &self.gates {
             // A drawn logit is far on either side of any threshold's logit but those of 0 and 1.
-            (Level::Sequence, .., Gates::Random { .. }) => Decide::Sequence(0.5),
-            (Level::Token, .., Gates::Random { .. }) => Decide::Threshold(0.5),
-            (Level::Sequence, ..) => Decide::Sequence(s.threshold),
-            (Level::Token, Select::TopK, Phase::Prefill, _) => Decide::TopK(s.capacity),
-            (Level::Token, ..) => Decide::Threshold(s.threshold),
+            Gates::Random { .. } => 0.5,
+            Gates::Routers(set) => set.threshold(layer),
+        };
+        match (s.granularity.level, s.select, phase, &self.gates) {
+            (Level::Sequence, ..) => Decide::Sequence(threshold),
+            (Level::Token, Select::TopK, Phase::Prefill, Gates::Routers(_)) => Decide::TopK(s.capacity),
+            (Level::Token, ..) => Decide::Threshold(threshold),
         }
     }
 
@@ -315,7 +317,7 @@ impl Model {
     fn routing_of(&self, l: usize, layer: &Layer, st: &State) -> Route {
         let b = &st.plan.buffers;
         let (decide, queries, keys) = match (&self.routing, layer.routed) {
-            (Some(r), Some(_)) => (r.decide(st.phase()), r.queries(), r.keys()),
+            (Some(r), Some(_)) => (r.decide(l, st.phase()), r.queries(), r.keys()),
             _ => (Decide::All, Take::All, Take::All),
         };
         let seqs = st.sequences();

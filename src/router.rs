@@ -211,6 +211,8 @@ pub struct RouterSet {
     pub settings: RouterSettings,
     /// By layer: the router, `[hidden]`.
     pub weights: BTreeMap<usize, Vec<f32>>,
+    /// By layer: from which score on a row is active, where that is not the threshold of the settings.
+    pub thresholds: BTreeMap<usize, f32>,
     /// [`Weights::fingerprint`] of the base model, when the file knows it.
     pub fingerprint: Option<String>,
     /// Whatever else the metadata says; kept when the set is saved.
@@ -264,6 +266,7 @@ impl RouterSet {
         let mut set = RouterSet {
             settings: RouterSettings::default(),
             weights: routers,
+            thresholds: BTreeMap::new(),
             fingerprint: None,
             metadata: weights.metadata().clone(),
             path: path.into(),
@@ -296,13 +299,33 @@ impl RouterSet {
         settings.check().map_err(|e| broken(e.to_string()))?;
         self.fingerprint = take(all, "fingerprint")?;
         let listed: Option<String> = take(all, "layers")?;
+        let thresholds: Option<String> = take(all, "thresholds")?;
         let found = self.layer_list();
-        match listed {
-            Some(listed) if listed.replace(' ', "") != found => {
-                Err(broken(format!("lists the layers {listed}, but has routers for {found}")))
-            }
-            _ => Ok(()),
+        if let Some(listed) = listed.filter(|listed| listed.replace(' ', "") != found) {
+            return Err(broken(format!("lists the layers {listed}, but has routers for {found}")));
         }
+        let Some(listed) = thresholds else { return Ok(()) };
+        let values: Vec<f32> = listed.split(',').filter_map(|value| value.trim().parse().ok()).collect();
+        if values.len() != self.weights.len() || !values.iter().all(|t| (0.0..=1.0).contains(t)) {
+            let cause = format!("has the thresholds {listed:?}: not one within [0, 1] for each of the layers {found}");
+            return Err(broken(cause));
+        }
+        self.thresholds = self.weights.keys().copied().zip(values).collect();
+        Ok(())
+    }
+
+    /// From which score on a row is active in a layer.
+    pub fn threshold(&self, layer: usize) -> f32 {
+        self.thresholds.get(&layer).copied().unwrap_or(self.settings.threshold)
+    }
+
+    /// Puts other settings in place of the file's. Errors: as of [`Overrides::apply`].
+    pub fn apply(&mut self, overrides: &Overrides) -> Result<()> {
+        self.settings = overrides.apply(self.settings)?;
+        if overrides.threshold.is_some() {
+            self.thresholds.clear();
+        }
+        Ok(())
     }
 
     /// Takes the settings from a `config.json` by the published code. There every token writes keys and values, and
@@ -391,6 +414,10 @@ impl RouterSet {
             set("capacity", self.settings.capacity.to_string());
         }
         set("layers", self.layer_list());
+        if !self.thresholds.is_empty() {
+            let each: Vec<String> = self.weights.keys().map(|&layer| self.threshold(layer).to_string()).collect();
+            set("thresholds", each.join(","));
+        }
         if let Some(fingerprint) = &self.fingerprint {
             set("fingerprint", fingerprint.clone());
         }

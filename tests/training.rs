@@ -58,6 +58,7 @@ fn trainer(bundle: Bundle, data: &Path, settings: TrainSettings) -> mindskip::Re
     let routers = RouterSet {
         settings: settings.router,
         weights: LAYERS.map(|l| (l, vec![0.0; bundle.config.hidden])).into(),
+        thresholds: BTreeMap::new(),
         fingerprint: None,
         metadata: BTreeMap::new(),
         path: "here".into(),

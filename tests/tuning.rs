@@ -325,6 +325,7 @@ fn tuner(folder: &Path, case: &Case, routers: &Routers, limits: StepLimits) -> T
     let set = RouterSet {
         settings: case.settings,
         weights: routers.iter().map(|(&l, r)| (l, r.iter().map(|&x| x as f32).collect())).collect(),
+        thresholds: BTreeMap::new(),
         fingerprint: None,
         metadata: BTreeMap::new(),
         path: "here".into(),
@@ -544,6 +545,7 @@ fn the_plan_is_of_one_layer_and_the_saved_inputs() {
     let set = RouterSet {
         settings: case.settings,
         weights: [(1, vec![0.0; 64])].into(),
+        thresholds: BTreeMap::new(),
         fingerprint: None,
         metadata: BTreeMap::new(),
         path: "here".into(),

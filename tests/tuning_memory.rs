@@ -34,6 +34,7 @@ fn peak(folder: &Path, settings: RouterSettings, first: usize, goal: Goal) -> (S
     let routers = RouterSet {
         settings,
         weights: (first..config.layers).map(|l| (l, vec![0.0; config.hidden])).collect(),
+        thresholds: BTreeMap::new(),
         fingerprint: None,
         metadata: BTreeMap::new(),
         path: "here".into(),

@@ -131,7 +131,7 @@ impl RoutingArgs {
             );
         };
         set.check(&bundle.config, &bundle.weights.fingerprint())?;
-        set.settings = overrides.apply(set.settings)?;
+        set.apply(&overrides)?;
         if let Some(spec) = &self.layers {
             let wanted = spec.resolve(bundle.config.layers)?;
             if let Some(layer) = wanted.iter().find(|l| !set.weights.contains_key(l)) {

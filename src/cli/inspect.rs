@@ -43,7 +43,7 @@ impl Inspect {
         let path = Path::new(&self.name);
         if self.name != EMBEDDED && path.is_file() && path.extension().is_some_and(|e| e == "safetensors") {
             let mut set = RouterSet::open(path)?;
-            set.settings = self.routing.overrides().apply(set.settings)?;
+            set.apply(&self.routing.overrides())?;
             if self.json {
                 print_json(&routers_json(&set))?;
             } else {
@@ -193,6 +193,7 @@ fn routers_json(set: &RouterSet) -> Value {
         "keys": set.settings.keys.name(),
         "select": set.settings.select.name(),
         "threshold": set.settings.threshold,
+        "thresholds": set.thresholds,
         "capacity": set.settings.capacity,
         "layers": set.weights.keys().collect::<Vec<_>>(),
         "hidden": set.weights.values().next().map_or(0, Vec::len),

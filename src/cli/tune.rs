@@ -292,6 +292,7 @@ impl Tune {
         let routers = RouterSet {
             settings: settings.router,
             weights: layers.into_iter().map(|l| (l, vec![0.0; bundle.config.hidden])).collect(),
+            thresholds: Default::default(),
             fingerprint: None,
             metadata: Default::default(),
             path: self.output.clone(),
@@ -341,7 +342,7 @@ impl Tune {
         trainer.save(&checkpoint)?;
         let (set, routed) = trainer.finish(dense)?;
         set.save(output)?;
-        log.write(&json!({"dense": dense, "routed": routed, "threshold": set.settings.threshold}))?;
+        log.write(&json!({"dense": dense, "routed": routed, "thresholds": each_threshold(&set)}))?;
         let title = format!("{}, capacity {}", set.settings.granularity, trainer.settings().target);
         let charts = charts(&title, trainer.tuner().layers(), &Log::steps(&log_path)?);
         plot::save(&plot::lines(&charts)?, &plot_path)?;
@@ -355,19 +356,18 @@ impl Tune {
         found: &[(&Path, Evaluation, Evaluation)],
         measured: Option<&Measured>,
     ) -> io::Result<()> {
-        let settings = set.settings;
         if self.json {
             let of = |(path, dense, routed): &_| json!({"data": path, "dense": dense, "routed": routed});
             return print_json(&json!({
                 "routers": self.output,
                 "layers": set.weights.keys().collect::<Vec<_>>(),
                 "measured": measured.map(Measured::json),
-                "threshold": settings.threshold,
+                "thresholds": each_threshold(set),
                 "held_out": found.iter().map(of).collect::<Vec<_>>(),
             }));
         }
         let mut out = io::stdout().lock();
-        writeln!(out, "{}: {}, threshold {}", self.output.display(), settings.granularity, settings.threshold)?;
+        writeln!(out, "{}: {}", self.output.display(), set.settings.granularity)?;
         let width = found.iter().map(|(path, ..)| path.as_os_str().len()).max().unwrap_or(0);
         if !found.is_empty() {
             writeln!(out, "{:width$}     dense   routed    change   capacity", "loss")?;
@@ -382,6 +382,11 @@ impl Tune {
         }
         Ok(())
     }
+}
+
+/// By routed layer.
+fn each_threshold(set: &RouterSet) -> Vec<f32> {
+    set.weights.keys().map(|&layer| set.threshold(layer)).collect()
 }
 
 /// `FILE.extension`

@@ -12,10 +12,11 @@ use crate::files;
 use crate::weights::Weights;
 
 const FORMAT: &str = "mindskip-tuning-1";
-const TENSORS: [&str; 3] = ["routers", "means", "squares"];
+const TENSORS: [&str; 4] = ["routers", "means", "squares", "thresholds"];
 
 pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
-    let tensors = [&state.routers, &state.means, &state.squares].map(|values| bytemuck::cast_slice::<f32, u8>(values));
+    let tensors = [&state.routers, &state.means, &state.squares, &state.thresholds];
+    let tensors = tensors.map(|values| bytemuck::cast_slice::<f32, u8>(values));
     let views = TENSORS.iter().zip(&tensors).map(|(&name, &bytes)| {
         let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).expect("four bytes a number");
         (name, view)
@@ -25,7 +26,6 @@ pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
         ("run", identity.to_string()),
         ("step", state.step.to_string()),
         ("lambda", state.lambda.to_bits().to_string()),
-        ("threshold", state.threshold.to_bits().to_string()),
     ]
     .map(|(key, value)| (key.to_string(), value))
     .into();
@@ -34,7 +34,7 @@ pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
 }
 
 /// Errors: Io; Format; Mismatch when it is of another run.
-pub fn open(path: &Path, identity: &str, values: usize) -> Result<TrainState> {
+pub fn open(path: &Path, identity: &str, values: usize, layers: usize) -> Result<TrainState> {
     let weights = Weights::from_parts(vec![(path.into(), files::map(path)?)])?;
     let metadata = weights.metadata();
     let get = |key: &str| metadata.get(key).map_or("", String::as_str);
@@ -51,13 +51,12 @@ pub fn open(path: &Path, identity: &str, values: usize) -> Result<TrainState> {
     }
     let read = |name: &str| weights.tensor(name, 1, values).map(|tensor| tensor.to_f32());
     let lambda: u64 = get("lambda").parse().map_err(|_| broken())?;
-    let threshold: u32 = get("threshold").parse().map_err(|_| broken())?;
     Ok(TrainState {
         step: get("step").parse().map_err(|_| broken())?,
         routers: read(TENSORS[0])?,
         means: read(TENSORS[1])?,
         squares: read(TENSORS[2])?,
         lambda: f64::from_bits(lambda),
-        threshold: f32::from_bits(threshold),
+        thresholds: weights.tensor(TENSORS[3], 1, layers)?.to_f32(),
     })
 }

@@ -24,7 +24,7 @@ use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Meter, Precision, TrainingBackend};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
-use crate::model::{Layer, Model, Routing};
+use crate::model::{Gates, Layer, Model, Routing};
 use crate::router::{RouterSet, named, no_choice};
 use crate::tensor::DType;
 use crate::weights::Weights;
@@ -229,9 +229,11 @@ impl Tuner {
         routers.iter().zip(values.chunks(hidden)).try_for_each(|(&r, values)| self.backend.replace(r, values))
     }
 
-    /// From which score on a row is active.
-    pub fn set_threshold(&mut self, threshold: f32) {
-        self.model.routing.iter_mut().for_each(|r| r.settings.threshold = threshold);
+    /// From which score on a row is active, by routed layer.
+    pub fn set_thresholds(&mut self, thresholds: &[f32]) {
+        if let Some(Routing { layers, gates: Gates::Routers(set), .. }) = &mut self.model.routing {
+            set.thresholds = layers.iter().copied().zip(thresholds.iter().copied()).collect();
+        }
     }
 
     /// The routed layers, ascending.

@@ -400,7 +400,7 @@ impl Pass<'_> {
     fn route(&mut self, l: usize) -> Result<Treated> {
         let (b, n, sequences) = (self.buffers(), self.rows(), self.samples.len());
         let layer = &self.model.layers[l];
-        let decide = self.routing(layer).map_or(Decide::All, |r| r.decide(Phase::Prefill));
+        let decide = self.routing(layer).map_or(Decide::All, |r| r.decide(l, Phase::Prefill));
         // Sequences do not see each other, so it does not matter what a skipped one writes.
         let apart = self.settings(layer).is_some_and(|s| {
             s.granularity.level == Level::Token && s.granularity.target != Target::Mlp && s.keys == Keys::Active

@@ -48,8 +48,8 @@ pub struct TrainSettings {
     pub target: f32,
     /// Of the penalty. None: without `calibrate` it moves with the capacity, with it there is no penalty.
     pub lambda: Option<f32>,
-    /// Whether the threshold is placed so that the capacity is the one that was asked for: at the end, and, where no
-    /// lambda is given, before every step.
+    /// Whether thresholds are placed so that the capacity of every layer is the one that was asked for: at the end, and,
+    /// where no lambda is given, before every step.
     pub calibrate: bool,
     /// Samples of a batch.
     pub batch: usize,
@@ -73,8 +73,8 @@ impl TrainSettings {
         self.lambda.is_none() && !self.calibrate && self.router.select == Select::Threshold
     }
 
-    /// Whether the threshold does.
-    fn moves_threshold(&self) -> bool {
+    /// Whether thresholds do.
+    fn moves_thresholds(&self) -> bool {
         self.lambda.is_none() && self.calibrate && self.router.select == Select::Threshold
     }
 
@@ -115,8 +115,8 @@ pub struct TrainState {
     pub means: Vec<f32>,
     pub squares: Vec<f32>,
     pub lambda: f64,
-    /// From which score on a row is active.
-    pub threshold: f32,
+    /// From which score on a row is active, by routed layer.
+    pub thresholds: Vec<f32>,
 }
 
 /// What one step did.
@@ -130,7 +130,7 @@ pub struct StepReport {
     pub capacity: f64,
     pub capacities: Vec<f64>,
     pub lambda: f64,
-    pub threshold: f32,
+    pub thresholds: Vec<f32>,
     pub lr: f64,
     /// Tokens that passed the layers.
     pub tokens: usize,
@@ -175,7 +175,7 @@ impl Trainer {
             means: zeros.clone(),
             squares: zeros,
             lambda: settings.lambda.map_or(if settings.moves_lambda() { LAMBDA } else { 0.0 }, f64::from),
-            threshold: settings.router.threshold,
+            thresholds: vec![settings.router.threshold; tuner.layers().len()],
         };
         let identity = serde_json::json!({
             "settings": settings,
@@ -223,7 +223,7 @@ impl Trainer {
         let layers: Vec<usize> = set.weights.keys().copied().collect();
         ensure!(layers == self.tuner.layers(), Shape, "routers of layers {layers:?} for {:?}", self.tuner.layers());
         self.state.routers = set.weights.values().flatten().copied().collect();
-        self.state.threshold = set.settings.threshold;
+        self.state.thresholds = layers.iter().map(|&layer| set.threshold(layer)).collect();
         Ok(())
     }
 
@@ -239,17 +239,19 @@ impl Trainer {
         self.tuner.set_routers(&self.state.routers)?;
         let batch = self.batch();
         let batch: Vec<&Sample> = batch.iter().map(|&i| &self.training[i]).collect();
-        let mut threshold = self.state.threshold;
+        let mut thresholds = self.state.thresholds.clone();
         // As long as the routers are zero, all scores are the same.
-        if s.moves_threshold() && step > 0 {
+        if s.moves_thresholds() && step > 0 {
             let before = batch.iter().scan(0, |rows, s| Some(std::mem::replace(rows, *rows + s.inputs().len())));
             let few = before.take_while(|&rows| rows < PLACING).count();
-            let scores = scores(&mut self.tuner, &batch[..few], threshold)?;
-            if (share(&scores, threshold) - wanted).abs() > LEEWAY {
-                threshold = quantile(&scores, wanted);
+            let scores = scores(&mut self.tuner, &batch[..few], &thresholds)?;
+            for (threshold, scores) in thresholds.iter_mut().zip(&scores) {
+                if (share(scores, *threshold) - wanted).abs() > LEEWAY {
+                    *threshold = quantile(scores, wanted);
+                }
             }
         }
-        self.tuner.set_threshold(threshold);
+        self.tuner.set_thresholds(&thresholds);
         let answers: usize = batch.iter().map(|s| s.answers().count()).sum();
         let rows: usize = batch.iter().map(|s| s.inputs().len()).sum();
         let settings = StepSettings {
@@ -292,13 +294,13 @@ impl Trainer {
             capacity: sum.capacity(),
             capacities: sum.capacities(),
             lambda: self.state.lambda,
-            threshold,
+            thresholds,
             lr,
             tokens: rows,
             kept,
         };
         self.state.step += 1;
-        self.state.threshold = threshold;
+        self.state.thresholds.clone_from(&report.thresholds);
         if self.settings.moves_lambda() {
             let lambda = self.state.lambda * (GAIN * (report.capacity - self.wanted())).exp();
             self.state.lambda = lambda.clamp(LAMBDAS.0, LAMBDAS.1);
@@ -375,21 +377,23 @@ impl Trainer {
         1.0 - (1.0 - f64::from(self.settings.target)) * (progress / DESCENT).min(1.0)
     }
 
-    /// The threshold with which the capacity on training samples is the target, found from a first guess on.
-    fn calibrate(&mut self, mut threshold: f32) -> Result<f32> {
+    /// The thresholds with which the capacity on training samples is the target, found from a first guess on.
+    fn calibrate(&mut self) -> Result<Vec<f32>> {
         let target = f64::from(self.settings.target);
         let samples: Vec<&Sample> = self.training.iter().take(CALIBRATION).collect();
-        let mut best = (f64::INFINITY, threshold);
+        let mut thresholds = self.state.thresholds.clone();
+        let mut best = (f64::INFINITY, thresholds.clone());
         for _ in 0..CALIBRATIONS {
-            let scores = scores(&mut self.tuner, &samples, threshold)?;
-            let error = (share(&scores, threshold) - target).abs();
+            let scores = scores(&mut self.tuner, &samples, &thresholds)?;
+            let shares = scores.iter().zip(&thresholds).map(|(scores, &threshold)| share(scores, threshold));
+            let error = shares.map(|share| (share - target).abs()).fold(0.0, f64::max);
             if error < best.0 {
-                best = (error, threshold);
+                best = (error, thresholds.clone());
             }
             if error < NEAR {
                 break;
             }
-            threshold = quantile(&scores, target);
+            thresholds = scores.iter().map(|scores| quantile(scores, target)).collect();
         }
         Ok(best.1)
     }
@@ -422,12 +426,12 @@ impl Trainer {
     /// the dense model does there.
     pub fn finish(&mut self, dense: Option<Evaluation>) -> Result<(RouterSet, Option<Evaluation>)> {
         self.tuner.set_routers(&self.state.routers)?;
-        let mut settings = self.settings.router;
-        settings.threshold = self.state.threshold;
+        let settings = self.settings.router;
+        let mut thresholds = self.state.thresholds.clone();
         if self.settings.calibrate && settings.select == Select::Threshold {
-            settings.threshold = self.calibrate(settings.threshold)?;
+            thresholds = self.calibrate()?;
         }
-        self.tuner.set_threshold(settings.threshold);
+        self.tuner.set_thresholds(&thresholds);
         let routed = self.evaluate(true)?;
         let s = &self.settings;
         let mut metadata: BTreeMap<String, String> = [
@@ -450,10 +454,12 @@ impl Trainer {
             metadata.insert("heldout_capacity".into(), format!("{:.4}", routed.capacity));
         }
         let hidden = self.tuner.config().hidden;
-        let weights = self.tuner.layers().iter().copied().zip(self.state.routers.chunks(hidden).map(<[f32]>::to_vec));
+        let layers = self.tuner.layers().iter().copied();
+        let weights = layers.clone().zip(self.state.routers.chunks(hidden).map(<[f32]>::to_vec));
         let set = RouterSet {
             settings,
             weights: weights.collect(),
+            thresholds: if self.settings.calibrate { layers.zip(thresholds).collect() } else { BTreeMap::new() },
             fingerprint: Some(self.fingerprint.clone()),
             metadata,
             path: "".into(),
@@ -468,19 +474,21 @@ impl Trainer {
 
     /// Goes on from a checkpoint. Errors: Io; Format; Mismatch when it is of a run with other settings, data or model.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
-        self.state = checkpoint::open(path, &self.identity, self.state.routers.len())?;
+        self.state = checkpoint::open(path, &self.identity, self.state.routers.len(), self.state.thresholds.len())?;
         Ok(())
     }
 }
 
-/// The scores of some samples' rows in all routed layers, the highest first.
-fn scores(tuner: &mut Tuner, samples: &[&Sample], threshold: f32) -> Result<Vec<f32>> {
-    tuner.set_threshold(threshold);
-    let mut scores = Vec::new();
+/// The scores of some samples' rows by routed layer, the highest first.
+fn scores(tuner: &mut Tuner, samples: &[&Sample], thresholds: &[f32]) -> Result<Vec<Vec<f32>>> {
+    tuner.set_thresholds(thresholds);
+    let mut scores = vec![Vec::<f32>::new(); thresholds.len()];
     for part in pack(samples, tuner) {
-        scores.append(&mut tuner.scores(part)?);
+        let rows: usize = part.iter().map(|s| s.inputs().len()).sum();
+        let found = tuner.scores(part)?;
+        scores.iter_mut().zip(found.chunks(rows)).for_each(|(all, found)| all.extend(found));
     }
-    scores.sort_by(|a, b| b.total_cmp(a));
+    scores.iter_mut().for_each(|scores| scores.sort_by(|a, b| b.total_cmp(a)));
     Ok(scores)
 }
 

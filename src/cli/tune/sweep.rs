@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::super::{Outcome, Ran, bad, print_json};
 use super::layers::Measured;
-use super::{Base, Tune, beside};
+use super::{Base, Tune, beside, each_threshold};
 
 /// Held-out samples that speedups are predicted on, and the tokens of each that are decoded at most.
 const TEXTS: usize = 8;
@@ -50,7 +50,7 @@ impl FromStr for Targets {
 struct Point {
     target: f32,
     routers: PathBuf,
-    threshold: f32,
+    thresholds: Vec<f32>,
     /// On held-out samples.
     capacity: f64,
     loss: f64,
@@ -100,7 +100,7 @@ impl Tune {
             Point {
                 target: *target,
                 routers: output.clone(),
-                threshold: done.set.settings.threshold,
+                thresholds: each_threshold(&done.set),
                 capacity,
                 loss,
                 change: loss - dense.loss,
