@@ -565,6 +565,7 @@ mod tests {
         RouterSet {
             settings: RouterSettings { select: Select::TopK, capacity: 0.3, ..RouterSettings::default() },
             weights: [(1, vec![0.5, -1.25]), (10, vec![1e-30, 3.0])].into(),
+            thresholds: [(1, 0.4375), (10, 0.51)].into(),
             fingerprint: Some("ab".into()),
             metadata: [("author".into(), "me".into())].into(),
             path: PathBuf::new(),
@@ -628,6 +629,10 @@ mod tests {
             ("granularity", "attn", "attn_token, attn_sequence, mlp_token"),
             ("keys", "none", "all, active"),
             ("layers", "1", "routers for 1,10"),
+            ("thresholds", "0.5", "not one within [0, 1] for each of the layers 1,10"),
+            ("thresholds", "0.5,NaN", "not one within [0, 1]"),
+            ("thresholds", "0.5,1.5", "not one within [0, 1]"),
+            ("thresholds", "0.5,0.5,0.5", "not one within [0, 1]"),
             ("format", "mindskip-routers-2", "update mindskip"),
         ] {
             let text = String::from_utf8_lossy(&set().to_bytes()[8..]).into_owned();
@@ -649,6 +654,11 @@ mod tests {
         let settings = wanted.apply(RouterSettings::default()).unwrap();
         assert_eq!((settings.keys, settings.threshold, settings.select), (Keys::Active, 0.9, Select::Threshold));
         assert!(Overrides { threshold: Some(f32::NAN), ..Overrides::default() }.apply(settings).is_err());
+        let mut set = set();
+        set.apply(&Overrides::default()).unwrap();
+        assert_eq!((set.threshold(1), set.threshold(10)), (0.4375, 0.51));
+        set.apply(&wanted).unwrap();
+        assert_eq!((set.threshold(1), set.threshold(10)), (0.9, 0.9));
         for name in Granularity::NAMES {
             assert_eq!(name.parse::<Granularity>().unwrap().to_string(), name);
         }

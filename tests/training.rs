@@ -186,6 +186,7 @@ fn tune_makes_a_router_file_that_generate_uses() {
     assert!(err.contains("20 samples") && err.contains("step 2/2 loss"), "{err}");
     let json: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert!(json["held_out"][0]["dense"]["loss"].as_f64().unwrap() > 0.5);
+    assert_eq!(json["thresholds"].as_array().unwrap().len(), 4);
     let set = RouterSet::open(Path::new(out)).unwrap();
     assert_eq!(set.weights.keys().copied().collect::<Vec<_>>(), [3, 4, 5, 6]);
     assert_eq!(set.fingerprint, Some(embedded().weights.fingerprint()));
@@ -195,6 +196,40 @@ fn tune_makes_a_router_file_that_generate_uses() {
     assert!(["loss", "capacity", "layer 3", "layer 6"].iter().all(|text| svg.contains(text)), "{svg}");
     let output = program(&["generate", "Tom had", "-n", "8", "--routers", out]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output).1);
+}
+
+/// What is to be kept is in the log; what is evaluated afterwards is what the run has found.
+#[test]
+fn tune_keeps_text_and_evaluates_routers() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = write_data(dir.path(), 16);
+    let [text_path, out, again] = ["text.jsonl", "r.safetensors", "s.safetensors"].map(|name| dir.path().join(name));
+    let stories = std::fs::read_to_string(stories().join("heldout.txt")).unwrap();
+    let lines = stories.split("<|endoftext|>").skip(40).take(3).map(|text| serde_json::json!({"text": text}));
+    std::fs::write(&text_path, lines.map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let [data, text_path, out, again] = [&data, &text_path, &out, &again].map(|path| path.to_str().unwrap());
+    let run = |out: &str, more: &[&str]| {
+        let fixed =
+            ["tune", "--data", data, "--val", data, "--val", text_path, "--max-length", "64", "--json", "-o", out];
+        let output = program(&[&fixed[..], more].concat()).output().unwrap();
+        let (json, err) = text(&output);
+        assert!(output.status.success(), "{err}");
+        serde_json::from_str::<serde_json::Value>(&json).unwrap()
+    };
+    let trained = run(out, &["--keep", text_path, "--steps", "4", "--batch", "4", "--lr", "1e-2", "--layers", "4-6"]);
+    let log = std::fs::read_to_string(format!("{out}.jsonl")).unwrap();
+    let steps: Vec<serde_json::Value> = log.lines().take(4).map(|line| serde_json::from_str(line).unwrap()).collect();
+    let divergence = |step: usize| steps[step]["kept"]["loss"].as_f64().unwrap();
+    assert!(divergence(0).abs() < 1e-6 && divergence(3) > 1e-4, "none while all is active: {log}");
+    assert_eq!(trained["held_out"].as_array().unwrap().len(), 2);
+    assert_eq!(trained["held_out"][1]["data"], text_path);
+    let evaluated = run(again, &["--routers", out, "--steps", "0"]);
+    for key in ["held_out", "thresholds", "layers"] {
+        assert_eq!(evaluated[key], trained[key], "{key}");
+    }
+    let less = run(again, &["--routers", out, "--steps", "0", "--target-capacity", "0.25"]);
+    let capacity = less["held_out"][0]["routed"]["capacity"].as_f64().unwrap();
+    assert!((capacity - 0.25).abs() < 0.02, "{capacity}");
 }
 
 #[test]

@@ -42,7 +42,8 @@ pub struct Tune {
     /// Records to evaluate with, instead of a part of the data that is held out; may be given again.
     #[arg(long, value_name = "FILE")]
     val: Vec<PathBuf>,
-    /// Routers to begin with, instead of zeros; with --steps 0 they are only evaluated.
+    /// Routers to begin with, instead of zeros; layers, granularity, keys and select are theirs. With --steps 0 they are
+    /// evaluated as they are, or with other thresholds for a --target-capacity.
     #[arg(long, value_name = "FILE")]
     routers: Option<PathBuf>,
     /// Where the routers go. Beside it: the log FILE.jsonl, its plot FILE.svg, and FILE.checkpoint. Those of a sweep have
@@ -83,9 +84,9 @@ struct What {
     /// Training samples that auto:N measures with.
     #[arg(long, value_name = "N", default_value_t = 64)]
     calibration: usize,
-    /// The share of (token, routed layer) pairs that shall be active.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.5, allow_negative_numbers = true)]
-    target_capacity: f32,
+    /// The share of a routed layer's tokens that shall be active; 0.5 when nothing is given.
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    target_capacity: Option<f32>,
     /// Several target capacities, such as 0.9,0.75,0.5: routers for each, and a table, FILE.json and FILE.svg of what they cost
     /// and buy.
     #[arg(long, value_name = "LIST", conflicts_with = "target_capacity", value_parser = str::parse::<Targets>, allow_negative_numbers = true)]
@@ -216,23 +217,24 @@ impl Tune {
         if let Some(set) = &start {
             set.check(&bundle.config, &bundle.weights.fingerprint())?;
         }
-        let settings = self.settings(data.samples.len())?;
+        let settings = self.settings(data.samples.len(), start.as_ref())?;
         let mut base =
             Base { bundle, data, keep, val, start, settings, max_length, layers: Vec::new(), measured: None };
         let count = base.bundle.config.layers;
         let half = count.div_ceil(2).min(count - 1).max(1);
-        match self.what.layers.clone().unwrap_or(LayerSpec::Last(half)) {
-            LayerSpec::Auto(n) if n <= count => {
+        match (&base.start, self.what.layers.clone().unwrap_or(LayerSpec::Last(half))) {
+            (Some(set), _) => base.layers = set.weights.keys().copied().collect(),
+            (None, LayerSpec::Auto(n)) if n <= count => {
                 let measured = self.measure(&base, n)?;
                 base.layers.clone_from(&measured.layers);
                 base.measured = Some(measured);
             }
-            spec => base.layers = spec.resolve(count)?,
+            (None, spec) => base.layers = spec.resolve(count)?,
         }
         Ok(base)
     }
 
-    fn settings(&self, samples: usize) -> Result<TrainSettings> {
+    fn settings(&self, samples: usize, start: Option<&RouterSet>) -> Result<TrainSettings> {
         let (what, how) = (&self.what, &self.how);
         if !(how.epochs > 0.0 && how.epochs.is_finite()) {
             return bad(format!("--epochs is {}", how.epochs), "give a positive number");
@@ -240,21 +242,27 @@ impl Tune {
         let val_split = if self.val.is_empty() { how.val_split } else { 0.0 };
         let training = samples as f64 * (1.0 - val_split);
         let steps = (training * how.epochs / how.batch.max(1) as f64).ceil() as usize;
-        let router = RouterSettings {
+        let target = what.target_capacity.unwrap_or(0.5);
+        let evaluates = start.is_some() && how.steps == Some(0) && what.target_capacity.is_none();
+        let own = RouterSettings {
             granularity: what.granularity,
             keys: what.keys,
             select: what.select,
-            threshold: what.threshold.unwrap_or(0.5),
-            capacity: if what.select == Select::TopK { what.target_capacity } else { 0.5 },
+            ..RouterSettings::default()
         };
+        let mut router = start.map_or(own, |set| set.settings);
+        router.threshold = what.threshold.unwrap_or(router.threshold);
+        if router.select == Select::TopK && !evaluates {
+            router.capacity = target;
+        }
         let settings = TrainSettings {
             router,
             goal: how.loss.name(),
             ste: how.ste.name(),
             lr: how.lr,
-            target: what.target_capacity,
+            target,
             lambda: how.lambda,
-            calibrate: what.threshold.is_none(),
+            calibrate: what.threshold.is_none() && !evaluates,
             batch: how.batch,
             steps: how.steps.unwrap_or(steps),
             seed: how.seed,

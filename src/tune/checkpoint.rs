@@ -12,10 +12,10 @@ use crate::files;
 use crate::weights::Weights;
 
 const FORMAT: &str = "mindskip-tuning-1";
-const TENSORS: [&str; 4] = ["routers", "means", "squares", "thresholds"];
+const TENSORS: [&str; 3] = ["routers", "means", "squares"];
 
 pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
-    let tensors = [&state.routers, &state.means, &state.squares, &state.thresholds];
+    let tensors = [&state.routers, &state.means, &state.squares];
     let tensors = tensors.map(|values| bytemuck::cast_slice::<f32, u8>(values));
     let views = TENSORS.iter().zip(&tensors).map(|(&name, &bytes)| {
         let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).expect("four bytes a number");
@@ -34,7 +34,7 @@ pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
 }
 
 /// Errors: Io; Format; Mismatch when it is of another run.
-pub fn open(path: &Path, identity: &str, values: usize, layers: usize) -> Result<TrainState> {
+pub fn open(path: &Path, identity: &str, values: usize) -> Result<TrainState> {
     let weights = Weights::from_parts(vec![(path.into(), files::map(path)?)])?;
     let metadata = weights.metadata();
     let get = |key: &str| metadata.get(key).map_or("", String::as_str);
@@ -57,6 +57,5 @@ pub fn open(path: &Path, identity: &str, values: usize, layers: usize) -> Result
         means: read(TENSORS[1])?,
         squares: read(TENSORS[2])?,
         lambda: f64::from_bits(lambda),
-        thresholds: weights.tensor(TENSORS[3], 1, layers)?.to_f32(),
     })
 }

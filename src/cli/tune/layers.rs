@@ -12,6 +12,9 @@ use super::super::bad;
 use super::super::progress::{Bar, interrupted};
 use super::{Base, Tune, beside, list};
 
+/// Rows that pass together; few are slow, and the inputs of all layers are kept.
+const AT_ONCE: usize = 512;
+
 /// What the layers cost, and which of them were chosen.
 pub struct Measured {
     costs: LayerCosts,
@@ -33,7 +36,7 @@ impl Tune {
             eprintln!("layers were measured before: {}", path.display());
             costs
         } else {
-            let rows = samples.iter().map(|s| s.inputs().len()).max().unwrap_or(1);
+            let rows = samples.iter().map(|s| s.inputs().len()).max().unwrap_or(1).max(AT_ONCE.min(base.max_length));
             let mut tuner = self.tuner(base, 0..count, rows)?;
             let mut bar = Bar::new("measuring layers {wide_bar} {pos}/{len} {eta} left", 0, samples.len());
             let costs = LayerCosts::measure(&mut tuner, &samples, goal, &mut |done| {
