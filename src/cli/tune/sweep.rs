@@ -48,7 +48,7 @@ impl FromStr for Targets {
 /// What came of a target. Speedups are those of the ideals, over the dense model.
 #[derive(Serialize)]
 struct Point {
-    target: f32,
+    target: f64,
     routers: PathBuf,
     thresholds: Vec<f32>,
     /// On held-out samples.
@@ -98,7 +98,8 @@ impl Tune {
         let points = trained.iter().zip(ideals).map(|((target, output, done), own)| {
             let Evaluation { loss, capacity } = done.routed.expect("samples are held out");
             Point {
-                target: *target,
+                // 0.9 as it was written, not as f32 holds it.
+                target: (f64::from(*target) * 1e6).round() / 1e6,
                 routers: output.clone(),
                 thresholds: each_threshold(&done.set),
                 capacity,
