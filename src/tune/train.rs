@@ -73,6 +73,20 @@ impl TrainSettings {
         self.lambda.is_none() && self.router.select == Select::Threshold
     }
 
+    /// The samples for training and those that are held out, in an order of the seed. Errors: Argument when none is left
+    /// to train with.
+    pub fn split(&self, mut samples: Vec<Sample>) -> Result<(Vec<Sample>, Vec<Sample>)> {
+        shuffle(&mut samples, mix(self.seed ^ 0x5eed));
+        let held = (samples.len() as f64 * self.val_split).round() as usize;
+        if held == samples.len() {
+            return Err(
+                Error::new(Kind::Argument, format!("all {held} samples are held out")).action("lower --val-split")
+            );
+        }
+        let held_out = samples.split_off(samples.len() - held);
+        Ok((samples, held_out))
+    }
+
     /// Errors: Argument, naming the number that is out of range.
     pub fn check(&self) -> Result<()> {
         let (lr, target) = (f64::from(self.lr), f64::from(self.target));
