@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use mindskip::Kind;
 use mindskip::bundle::Bundle;
+use mindskip::engine::{Device, Options, training_backend};
 use mindskip::router::{RouterSet, RouterSettings};
 use mindskip::tune::data::{Dataset, Encoder};
 use mindskip::tune::plan::StepLimits;
@@ -60,7 +61,8 @@ fn trainer(bundle: Bundle, data: &Path, settings: TrainSettings) -> mindskip::Re
     };
     let limits = StepLimits { rows: 256, samples: 8, chunk: 64, memory: None };
     let fingerprint = bundle.weights.fingerprint();
-    let tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, Some(2))?;
+    let backend = training_backend(&Options { device: Device::Cpu, threads: Some(2), ..Options::default() })?;
+    let tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
     Trainer::new(tuner, settings, data, fingerprint)
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mindskip::bundle::Bundle;
-use mindskip::engine::Device;
+use mindskip::engine::{Device, Options, training_backend};
 use mindskip::memory::{Budget, Size, parse_budget};
 use mindskip::router::{Granularity, Keys, LayerSpec, RouterSet, RouterSettings, Select};
 use mindskip::tune::data::{Dataset, Encoder};
@@ -43,7 +43,7 @@ pub struct Tune {
     /// The result as one JSON object.
     #[arg(long)]
     json: bool,
-    /// Where to run; only cpu so far.
+    /// Where to run: cpu, cuda, cuda:N, auto.
     #[arg(long, default_value = "cpu", value_parser = args::device)]
     device: Device,
     /// CPU threads; as many as there are cores when nothing is given.
@@ -123,9 +123,6 @@ const LINES: Duration = Duration::from_secs(5);
 impl Tune {
     pub fn run(self) -> Ran {
         let _noted = catch_interrupts();
-        if !matches!(self.device, Device::Cpu | Device::Auto) {
-            return Ok(bad("tune runs on the CPU only so far", "give --device cpu")?);
-        }
         let checkpoint = beside(&self.output, "checkpoint");
         let mut trainer = self.trainer()?;
         if self.resume {
@@ -233,7 +230,8 @@ impl Tune {
             path: self.output.clone(),
         };
         let limits = StepLimits { rows: max_length, samples: SAMPLES, chunk: 256, memory: self.memory };
-        Tuner::new(bundle.config, &bundle.weights, routers, self.how.loss, limits, self.threads)
+        let backend = training_backend(&Options { device: self.device, threads: self.threads, ..Options::default() })?;
+        Tuner::new(bundle.config, &bundle.weights, routers, self.how.loss, limits, backend)
     }
 
     fn show(&self, set: &RouterSet, dense: Option<Evaluation>, routed: Option<Evaluation>) -> io::Result<()> {

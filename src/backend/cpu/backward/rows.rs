@@ -70,7 +70,9 @@ pub fn divergence<S: Simd>(simd: S, row: &mut [f32], other: &[f32], scale: f32) 
         let n = other.len() - at;
         let q = exp(simd, y - other_top - other_total);
         let q = if n < LANES { V::from_fn(simd, |i| if i < n { q.to_array()[i] } else { 0.0 }) } else { q };
-        let (low, high) = (q * (y - x)).widen();
+        // What has no weight in q adds nothing, however small its p and q are.
+        let term = q.simd_gt(0.0).select(q * (y - x), V::splat(simd, 0.0));
+        let (low, high) = term.widen();
         acc += low + high;
         (exp(simd, x - top - total) - q) * scale
     });
