@@ -87,14 +87,15 @@ __device__ inline void note_pairs(WorkCount* work, uint32_t rows, unsigned long 
 // Counts the query rows [from, to) of n, as the CPU backend does; called by one warp.
 __device__ inline void note_attention(const AttendArgs& args, uint32_t from, uint32_t to, uint32_t n) {
     if (!args.work) return;
-    unsigned long long kv_rows = 0;
+    unsigned long long kv_rows = 0, pairs = 0;
     for (uint32_t i = from + threadIdx.x % WARP; i < to; i += WARP) {
         const uint32_t first = args.first[i], end = args.end[i];
         const bool follows = i > 0 && slot_of(args, i - 1) == slot_of(args, i);
         kv_rows += end - (follows ? max(first, args.end[i - 1]) : first);
+        pairs += end - first;
     }
     kv_rows = warp_sum(kv_rows);
-    const unsigned long long pairs = pairs_of(args, from, to);
+    pairs = warp_sum(pairs);
     if (threadIdx.x % WARP != 0) return;
     note_pairs(args.work, to - from, kv_rows, pairs);
     if (from > 0) return;

@@ -117,6 +117,7 @@ template <int HD> __device__ void backward_q(const AttendBackwardArgs& args) {
             soften_f32(scores[r], sees, top[r], total[r], scale2);
         }
     }
+    copy_commit();
     copy_wait<0>(); // the rows of a tile that sees nothing
     __syncthreads();
     float inverse[4], delta[4];
@@ -273,6 +274,7 @@ template <int HD> __device__ void backward_kv(const AttendBackwardArgs& args) {
         exchange(attend.q);
         add_products<HD>(d_k, d_scores, queries, head_dim);
     }
+    copy_commit();
     copy_wait<0>(); // of a tile that nobody sees
 #pragma unroll
     for (int r = 0; r < 4; r++) {

@@ -188,8 +188,8 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
 }
 
 // Plain f32 arithmetic, for any head_dim up to 256; see tile_f32.cuh. In the second product a thread takes columns
-// 4 * (thread % 16) of every 64. With `own`, [rows, kv_heads, head_dim] each, rows also attend to K and V of their own.
-__device__ void prefill_f32(const AttendArgs& args, const float* own_k, const float* own_v) {
+// 4 * (thread % 16) of every 64. With OWN rows also attend to K and V of their own, [rows, kv_heads, head_dim] each.
+template <bool OWN> __device__ void prefill_f32(const AttendArgs& args, const float* own_k, const float* own_v) {
     constexpr int KEYS = PREFILL_F32_KEYS, ROWS = PREFILL_F32_ROWS;
     extern __shared__ uint4 shared[];
     const uint32_t head_dim = args.kv.head_dim, line = line_f32(head_dim);
@@ -199,7 +199,7 @@ __device__ void prefill_f32(const AttendArgs& args, const float* own_k, const fl
     Share share;
     if (!share.take<ROWS>(args)) return;
     if (threadIdx.x < WARP) {
-        if (own_k) share.note_apart(args);
+        if (OWN) share.note_apart(args);
         else share.note(args);
     }
 
@@ -215,7 +215,7 @@ __device__ void prefill_f32(const AttendArgs& args, const float* own_k, const fl
         copy_wait<0>();
     };
     float out[4][4][4] = {}, top[4] = {-INF, -INF, -INF, -INF}, total[4] = {};
-    if (own_k) {
+    if (OWN) {
         copy_commit();
         copy_wait<0>();
         __syncthreads();
@@ -310,5 +310,5 @@ PREFILL(80)
 PREFILL(96)
 PREFILL(128)
 PREFILL(256)
-KERNEL(attend_prefill_f32, AttendArgs, ATTEND_THREADS) { prefill_f32(args, nullptr, nullptr); }
-KERNEL(attend_apart, AttendApartArgs, ATTEND_THREADS) { prefill_f32(args.attend, args.k, args.v); }
+KERNEL(attend_prefill_f32, AttendArgs, ATTEND_THREADS) { prefill_f32<false>(args, nullptr, nullptr); }
+KERNEL(attend_apart, AttendApartArgs, ATTEND_THREADS) { prefill_f32<true>(args.attend, args.k, args.v); }

@@ -173,7 +173,6 @@ fn training_steps_agree_with_the_cpu() {
         ("block_token", Keys::Active, Ste::Full, Goal::Tokens),
         ("block_sequence", Keys::All, Ste::Active, Goal::Dense),
         ("mlp_token", Keys::All, Ste::Full, Goal::Tokens),
-        ("mlp_sequence", Keys::All, Ste::Active, Goal::Tokens),
     ] {
         let router = |l: usize| (l, ids(64, 2001, l as u64).iter().map(|&x| (x as f32 - 1000.0) / 4000.0).collect());
         let routers = || RouterSet {

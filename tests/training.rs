@@ -199,7 +199,6 @@ fn tune_refuses_what_it_cannot_do() {
     let (data, out) = (data.to_str().unwrap(), dir.path().join("r.safetensors"));
     let out = out.to_str().unwrap();
     for (more, message) in [
-        (vec!["--device", "cuda"], "on the CPU only so far; give --device cpu"),
         (vec!["--lr", "0"], "--lr is 0; give a positive number"),
         (vec!["--target-capacity", "1.5"], "--target-capacity is 1.5"),
         (vec!["--layers", "9"], "layer 9 of a model with the layers 0 to 7"),

@@ -39,10 +39,6 @@ macro_rules! gradients {
                 match self { $(Gradient::$args(_) => GradientKind::$args),+ }
             }
 
-            pub fn check(&self) -> Result<()> {
-                match self { $(Gradient::$args(args) => args.check()),+ }
-            }
-
             /// What it takes when it does `work`.
             pub fn cost(&self, work: Work) -> Cost {
                 match self { $(Gradient::$args(args) => args.cost(work)),+ }

@@ -102,7 +102,9 @@ impl Tuner {
         let plan = StepPlan::new(&config, first, routers.weights.len(), distill, bytes, limits, backend.as_ref())?;
         let model = Model::load(config, weights, Some(Routing::routers(routers)), backend.as_mut())?;
         backend.reserve(plan.arena as usize, plan.ints as usize / 4, plan.workspace as usize, &plan.kv)?;
-        Ok(Tuner { model, backend, plan, lists: Lists::default() })
+        let mut tuner = Tuner { model, backend, plan, lists: Lists::default() };
+        tuner.clear_gradients()?;
+        Ok(tuner)
     }
 
     /// Forward and backward over some samples. The gradients of the routers add up until they are read.
@@ -190,8 +192,13 @@ impl Tuner {
         let from = self.plan.buffers.d_routers;
         let mut values = vec![0.0; from.rows * from.cols];
         self.backend.read_floats(from, &mut values)?;
-        self.backend.write_floats(from, &vec![0.0; from.rows * from.cols])?;
+        self.clear_gradients()?;
         Ok(values)
+    }
+
+    fn clear_gradients(&mut self) -> Result<()> {
+        let to = self.plan.buffers.d_routers;
+        self.backend.write_floats(to, &vec![0.0; to.rows * to.cols])
     }
 
     /// Gives the routers other values, `[routed layers, hidden]`. Errors: Shape when there are more or fewer.

@@ -145,7 +145,7 @@ impl Gradients for CudaBackend {
         a.check()?;
         self.best_of = None;
         let (out, bytes) = (self.place(a.out)?, a.out.bytes());
-        match a.src {
+        match a.src.filter(|_| bytes > 0) {
             Some(src) => {
                 let [from, to] = self.mats(GradientKind::CopyRows, [src, a.out])?;
                 self.device.copy(Address(to as u64), Address(from as u64), bytes)?;

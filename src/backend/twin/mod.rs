@@ -118,19 +118,19 @@ fn tolerance(op: AnyKind, dtype: DType) -> Tolerance {
     }
 }
 
-/// The same for the backward ops, which write f32 alone.
+/// The same for the backward ops, which write f32 alone; measured on the CPU and on the emulator.
 fn gradient_error(op: GradientKind) -> f64 {
     match op {
-        GradientKind::CopyRows => 0.0,
-        GradientKind::Loss => 2e-6,
-        GradientKind::BackProject => 4e-6,
-        GradientKind::NormBackward => 2e-6,
-        GradientKind::SwiGluBackward => 2e-6,
-        GradientKind::AttendBackward => 6e-6,
-        GradientKind::RopeBackward => 2e-6,
-        GradientKind::AttendApart => 2e-6,
-        GradientKind::RowDots => 2e-6,
-        GradientKind::GateBackward => 2e-6,
+        GradientKind::CopyRows => 0.0,        // 0: a copy
+        GradientKind::Loss => 1e-6,           // 3.0e-7
+        GradientKind::BackProject => 4e-6,    // 2.1e-6, at 513 rows of a weight, without FMA
+        GradientKind::NormBackward => 1e-6,   // 2.4e-7
+        GradientKind::SwiGluBackward => 1e-6, // 2.9e-7
+        GradientKind::AttendBackward => 1e-5, // 3.8e-6: a difference of products, with scores about 10
+        GradientKind::RopeBackward => 6e-7,   // 1.9e-7
+        GradientKind::AttendApart => 1.5e-6,  // 4.1e-7
+        GradientKind::RowDots => 6e-7,        // 1.6e-7
+        GradientKind::GateBackward => 1e-6,   // 2.7e-7
     }
 }
 
