@@ -70,6 +70,20 @@ template <class T> __device__ inline uint4 load_query(const AttendArgs& args, si
 __device__ inline float finite_top(float top) { return top == -INF ? 0.0f : top; }
 __device__ inline float weight_of(float score, float top, float scale2) { return exp2_approx((score - top) * scale2); }
 
+// The (query row, K/V row) pairs of the rows [from, to); called by one warp.
+__device__ inline unsigned long long pairs_of(const AttendArgs& args, uint32_t from, uint32_t to) {
+    unsigned long long pairs = 0;
+    for (uint32_t i = from + threadIdx.x % WARP; i < to; i += WARP) pairs += args.end[i] - args.first[i];
+    return warp_sum(pairs);
+}
+__device__ inline void note_pairs(WorkCount* work, uint32_t rows, unsigned long long kv_rows, unsigned long long pairs) {
+    if (!work) return;
+    const auto add = [](uint64_t& to, unsigned long long x) { atomicAdd((unsigned long long*)&to, x); };
+    add(work->rows, rows);
+    add(work->kv_rows, kv_rows);
+    add(work->pairs, pairs);
+}
+
 // Counts the query rows [from, to) of n, as the CPU backend does; called by one warp.
 __device__ inline void note_attention(const AttendArgs& args, uint32_t from, uint32_t to, uint32_t n) {
     if (!args.work) return;
@@ -83,13 +97,11 @@ __device__ inline void note_attention(const AttendArgs& args, uint32_t from, uin
     kv_rows = warp_sum(kv_rows);
     pairs = warp_sum(pairs);
     if (threadIdx.x % WARP != 0) return;
-    const auto add = [](uint64_t& to, unsigned long long x) { atomicAdd((unsigned long long*)&to, x); };
-    add(args.work->rows, to - from);
-    add(args.work->kv_rows, kv_rows);
-    add(args.work->pairs, pairs);
+    note_pairs(args.work, to - from, kv_rows, pairs);
     if (from > 0) return;
-    add(args.work->row_calls, 1);
+    const auto add = [](uint64_t& to) { atomicAdd((unsigned long long*)&to, 1ull); };
+    add(args.work->row_calls);
     uint32_t i = 0; // the first row that sees something, which is row 0 unless ranges are empty
     while (i < n && args.first[i] == args.end[i]) i++;
-    if (i < n) add(args.work->kv_calls, 1);
+    if (i < n) add(args.work->kv_calls);
 }

@@ -6,6 +6,7 @@
 // HD is the least of 32, 64, 80, 96, 128, 256 that is not below head_dim; what stands beyond head_dim is zero.
 
 #include "prefill.cuh"
+#include "tile_f32.cuh"
 
 namespace {
 
@@ -186,73 +187,73 @@ template <class T, int HD> __device__ void prefill(const AttendArgs& args) {
     }
 }
 
-// Plain f32 arithmetic, for any head_dim up to 256. A thread takes 4 packed rows from 4 * (thread / 16) on, with two of
-// the tile's K/V rows in the first product and, in the second, columns 4 * (thread % 16) of every 64.
-__device__ void prefill_f32(const AttendArgs& args) {
+// Plain f32 arithmetic, for any head_dim up to 256; see tile_f32.cuh. In the second product a thread takes columns
+// 4 * (thread % 16) of every 64. With OWN rows also attend to K and V of their own, [rows, kv_heads, head_dim] each.
+template <bool OWN> __device__ void prefill_f32(const AttendArgs& args, const float* own_k, const float* own_v) {
     constexpr int KEYS = PREFILL_F32_KEYS, ROWS = PREFILL_F32_ROWS;
     extern __shared__ uint4 shared[];
-    const uint32_t head_dim = args.kv.head_dim, line = head_dim + 4; // conflict-free, as above
+    const uint32_t head_dim = args.kv.head_dim, line = line_f32(head_dim);
     float* const queries = (float*)shared;
     float* const tile_room = queries + ROWS * line; // K, then V
     float* const weights = tile_room + KEYS * line; // of a K/V row that a query does not see: negative
     Share share;
     if (!share.take<ROWS>(args)) return;
-    if (threadIdx.x < WARP) share.note(args);
+    if (threadIdx.x < WARP) {
+        if (OWN) share.note_apart(args);
+        else share.note(args);
+    }
 
     const float scale2 = args.scale * LOG2E;
     const int row0 = threadIdx.x / 16 * 4, x = threadIdx.x % 16;
-    for (uint32_t i = threadIdx.x; i < ROWS * head_dim / 4; i += ATTEND_THREADS) {
-        const uint32_t row = i / (head_dim / 4), column = i % (head_dim / 4) * 4;
-        const bool valid = share.packed + row < share.limit;
-        copy_async(queries + row * line + column,
-                   (const float*)args.q + (valid ? share.at(args, share.packed + row) + column : 0), valid);
-    }
+    copy_tile<ROWS>(queries, head_dim, [&](uint32_t row) { return share.line(args, (const float*)args.q, row); });
     Tile tile = Tile::before(share.packed / share.group);
     const auto copy_rows = [&](const float* from) {
-        for (uint32_t i = threadIdx.x; i < KEYS * head_dim / 4; i += ATTEND_THREADS) {
-            const uint32_t row = i / (head_dim / 4), column = i % (head_dim / 4) * 4;
-            const bool valid = tile.key + row - tile.first < tile.last - tile.first;
-            copy_async(tile_room + row * line + column, from + row * head_dim + column, valid);
-        }
+        copy_tile<KEYS>(tile_room, head_dim, [&](uint32_t row) {
+            return Line{from + row * head_dim, tile.key + row - tile.first < tile.last - tile.first};
+        });
         copy_commit();
         copy_wait<0>();
     };
     float out[4][4][4] = {}, top[4] = {-INF, -INF, -INF, -INF}, total[4] = {};
+    if (OWN) {
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const uint32_t p = share.packed + row0 + r;
+            if (p < share.limit) {
+                const size_t own = ((size_t)(p / share.group) * args.kv.kv_heads + blockIdx.y) * head_dim;
+                top[r] = 0.0f;
+#pragma unroll
+                for (int part = 0; part < 4; part++) {
+                    const uint32_t column = 64 * part + 4 * x;
+                    if (column >= head_dim) continue;
+                    const float4 q = *(const float4*)(queries + (row0 + r) * line + column);
+                    const float4 k = *(const float4*)(own_k + own + column), v = *(const float4*)(own_v + own + column);
+                    top[r] += q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w;
+                    out[r][part][0] = v.x, out[r][part][1] = v.y, out[r][part][2] = v.z, out[r][part][3] = v.w;
+                }
+                total[r] = x == 0; // which is a sum over 16 threads
+            }
+            sum_of_16(top[r]);
+        }
+    }
     while (tile.next<KEYS>(args, share.rows_end)) {
         const float* const keys = key_at<float>(args.kv, tile.slot, blockIdx.y, tile.key);
         __syncthreads(); // nobody is at the V before
         copy_rows(keys);
         __syncthreads();
-        float scores[4][2] = {};
-        for (uint32_t c = 0; c < head_dim; c += 4) {
-            const float* const at = tile_room + x * line + c;
-            const float4 k[2] = {*(const float4*)at, *(const float4*)(at + 16 * line)};
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const float4 q = *(const float4*)(queries + (row0 + r) * line + c);
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float& s = scores[r][j];
-                    s = fmaf(q.x, k[j].x, s), s = fmaf(q.y, k[j].y, s);
-                    s = fmaf(q.z, k[j].z, s), s = fmaf(q.w, k[j].w, s);
-                }
-            }
-        }
+        float scores[4][2];
+        multiply_f32(scores, queries, tile_room, head_dim);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const Seen seen = Seen::of(args, share, tile, share.packed + row0 + r);
             const bool sees[2] = {seen(tile.key + x), seen(tile.key + x + 16)};
-            float high = fmaxf(top[r], fmaxf(sees[0] ? scores[r][0] : -INF, sees[1] ? scores[r][1] : -INF));
-#pragma unroll
-            for (int lanes = 8; lanes > 0; lanes /= 2) high = fmaxf(high, __shfl_xor_sync(FULL, high, lanes));
-            const float base = finite_top(high), shrink = weight_of(top[r], base, scale2);
-            top[r] = high;
-            total[r] *= shrink;
+            const float shrink = soften_f32(scores[r], sees, top[r], total[r], scale2);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                const float weight = weight_of(scores[r][j], base, scale2);
-                if (sees[j]) total[r] += weight;
-                weights[(row0 + r) * PREFILL_F32_WEIGHTS + x + 16 * j] = sees[j] ? weight : -1.0f;
+                weights[(row0 + r) * PREFILL_F32_WEIGHTS + x + 16 * j] = sees[j] ? scores[r][j] : -1.0f;
             }
 #pragma unroll
             for (int i = 0; i < 16; i++) out[r][i / 4][i % 4] *= shrink;
@@ -309,4 +310,5 @@ PREFILL(80)
 PREFILL(96)
 PREFILL(128)
 PREFILL(256)
-KERNEL(attend_prefill_f32, AttendArgs, ATTEND_THREADS) { prefill_f32(args); }
+KERNEL(attend_prefill_f32, AttendArgs, ATTEND_THREADS) { prefill_f32<false>(args, nullptr, nullptr); }
+KERNEL(attend_apart, AttendApartArgs, ATTEND_THREADS) { prefill_f32<true>(args.attend, args.k, args.v); }

@@ -17,6 +17,7 @@
 constexpr int WARP = 32;
 constexpr uint32_t FULL = 0xffffffff;
 constexpr float INF = __builtin_huge_valf();
+__device__ inline float quiet_nan() { return __uint_as_float(0x7fc00000); }
 
 // The number of rows of a set.
 __device__ inline uint32_t count_of(const RowSet& rows) { return rows.count ? *rows.count : rows.bound; }
@@ -90,6 +91,10 @@ __device__ inline float of_rank(uint32_t rank) { return __uint_as_float(rank >> 
 
 // Larger for the better token: the larger logit, of equals the lower id.
 __device__ inline uint64_t best_key(float logit, uint32_t id) { return (uint64_t)rank_of(logit) << 32 | (FULL - id); }
+
+// Lanes that take a head of twice `half` numbers, each 8 of its lower half and the 8 of its upper half that they are rotated
+// against: half / 8, rounded up to a power of 2 so that they lie in one warp.
+__device__ inline uint32_t lanes_of_head(uint32_t half) { return half <= 8 ? 1 : 1u << (32 - __clz(half / 8 - 1)); }
 
 // Sums over the lanes of a warp, the same in all of them.
 template <class T> __device__ inline T warp_sum(T x) {

@@ -93,14 +93,15 @@ typedef struct GatherArgs {
     void *out; /* [rows, width] */
 } GatherArgs;
 
-/* x[index[i]] += src[i] + bias. A block a row. */
-typedef struct ScatterAddArgs {
+/* x[index[i]] += src[i] + bias, or x[index[i]] = src[i] + bias. A block a row. */
+typedef struct ScatterArgs {
     const float *src;  /* [rows, width] */
     const float *bias; /* [width], or null */
     RowSet rows;
     uint32_t width;
+    uint32_t add;
     float *x; /* [*, width] */
-} ScatterAddArgs;
+} ScatterArgs;
 
 /* out = silu(gate) * up, out may be gate. A block a row. */
 typedef struct SiluMulArgs {
@@ -260,6 +261,108 @@ typedef struct AttendHopperArgs {
     TensorMap pool;
     AttendArgs attend;
 } AttendHopperArgs;
+
+/* attention_prefill.cu: what attention would give rows that keep no K/V: over the ranges of `attend`, which may be empty,
+ * and their own K and V. f32 throughout. */
+typedef struct AttendApartArgs {
+    AttendArgs attend;
+    const float *k; /* [rows, kv_heads, head_dim] */
+    const float *v;
+} AttendApartArgs;
+
+/* attention_backward.cu: from the gradient of what attention gave to those of Q, K and V. f32 throughout, in plain
+ * arithmetic. K/V rows are counted from the first of each slot. */
+typedef struct AttendBackwardArgs {
+    AttendArgs attend;  /* as it ran; out: what it gave */
+    const float *d_out; /* [rows, heads, head_dim] */
+    float *d_q;         /* [rows, heads, head_dim] */
+    float *d_k;         /* [kv_rows, kv_heads, head_dim] */
+    float *d_v;
+    const uint32_t *kv_start; /* [slots + 1]: where the rows of each slot begin in d_k and d_v */
+    uint32_t slots;
+    /* From the kernel of d_q for that of d_k and d_v: of each query the highest score, what the weights relative to it are
+     * multiplied with, and d_out . out; of each slot its query rows. */
+    float *stats;     /* [rows, heads, 4] */
+    uint32_t *bounds; /* [slots, 2], zero before */
+} AttendBackwardArgs;
+
+/* loss.cu: logits become their gradient, scale * (softmax - target). NaN for a row with a NaN or +inf, or nothing but -inf.
+ * A block a row. */
+typedef struct LossArgs {
+    float *logits;           /* [rows, vocab] */
+    const uint32_t *targets; /* [rows]: losses are -ln p(target) */
+    const float *other;      /* [rows, vocab]: or logits of a distribution q, losses are sum q (ln q - ln p) */
+    float *losses;           /* [rows] */
+    float scale;
+    uint32_t vocab;
+} LossArgs;
+
+/* backward.cu: what happens to gradients row by row; see src/backend/gradients.rs. f32 throughout. */
+
+/* d_x[index[i]] += RMSNorm backward of d_h[i] (+ d_logits[index[i]] * router). A block a row. */
+typedef struct NormBackwardArgs {
+    const float *x;       /* [*, width] */
+    const uint32_t *rows; /* [rows] */
+    const float *weight;  /* [width] */
+    const float *d_h;     /* [rows, width] */
+    const float *router;  /* [width], or null */
+    const float *d_logits; /* [*] */
+    float *d_x;           /* [*, width] */
+    float eps;
+    uint32_t width;
+} NormBackwardArgs;
+
+/* The gradient of rotated heads becomes that of what was projected. Threads as of RopeAppendArgs. */
+typedef struct RopeBackwardArgs {
+    const float *angles;  /* [*, head_dim]: cosines, then sines */
+    const uint32_t *index; /* [rows] */
+    float *d;             /* [rows, heads, head_dim] */
+    const float *norm;    /* [head_dim], or null */
+    const float *src;     /* [rows, heads, head_dim]: what was normalised */
+    float eps;
+    uint32_t rows;
+    uint32_t heads;
+    uint32_t head_dim;
+} RopeBackwardArgs;
+
+/* For a = silu(g) * u: g and u become their gradients, and dots[index[i]] += d_act[i] . a[i]. A block a row. */
+typedef struct SwiGluBackwardArgs {
+    const float *d_act; /* [rows, width] */
+    float *gate;        /* [rows, width]: g, then its gradient */
+    float *up;
+    const uint32_t *index; /* [rows], or null: no dots */
+    float *dots;           /* [*] */
+    uint32_t width;
+} SwiGluBackwardArgs;
+
+/* out[index[i]] += a[i] . b[i] + c[index[i]] . bias. A block a row. */
+typedef struct RowDotsArgs {
+    const float *a; /* [rows, width], width may be 0 */
+    const float *b;
+    const uint32_t *index; /* [rows] */
+    const float *c;        /* [*, bias_width] */
+    const float *bias;     /* [bias_width], or null */
+    float *out;            /* [*] */
+    uint32_t width;
+    uint32_t bias_width;
+} RowDotsArgs;
+
+/* Rows whose gradients a block of gate_partial adds up. */
+#define GATE_ROWS 32
+
+/* Three launches, so that all sums have one order: gate_slopes makes d_logit of d_mask, a block a sequence, or a thread a
+ * row; gate_partial adds up d_logit * h of GATE_ROWS rows, a thread a column; gate_sum adds these up to d_router. */
+typedef struct GateBackwardArgs {
+    const uint32_t *sequences; /* [seqs + 1], or null: every row has its own score */
+    const float *logits;       /* [rows] */
+    float *d_mask;             /* [rows] */
+    const float *h;            /* [rows, width] */
+    float *partial;            /* [ceil(rows / GATE_ROWS), width] */
+    float *d_router;           /* [width] */
+    float penalty;
+    uint32_t rows;
+    uint32_t width;
+} GateBackwardArgs;
 
 /* skinny_gemm.cu: few rows through weights that are streamed once. */
 

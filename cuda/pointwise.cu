@@ -1,6 +1,7 @@
 // Ops that pass over rows: what they cost is the bytes they move. A block takes a row; its threads take 8 numbers at a time.
 
 #include "common.cuh"
+#include "softmax.cuh"
 
 constexpr int THREADS = 256;
 
@@ -94,12 +95,12 @@ KERNEL(gather, GatherArgs, THREADS) {
     for (uint32_t i = threadIdx.x; i < args.width; i += blockDim.x) out[i] = row[i];
 }
 
-KERNEL(scatter_add, ScatterAddArgs, THREADS) {
+KERNEL(scatter, ScatterArgs, THREADS) {
     const float* src = args.src + (size_t)blockIdx.x * args.width;
     float* x = args.x + (size_t)args.rows.index[blockIdx.x] * args.width;
     for (uint32_t at = 8 * threadIdx.x; at < args.width; at += 8 * blockDim.x) {
-        float sum[8], term[8];
-        load8(sum, x + at);
+        float sum[8] = {}, term[8];
+        if (args.add) load8(sum, x + at);
         load8(term, src + at);
 #pragma unroll
         for (int i = 0; i < 8; i++) sum[i] += term[i];
@@ -145,39 +146,12 @@ KERNEL(bias_f32, BiasArgs, THREADS) { bias<float>(args); }
 KERNEL(bias_f16, BiasArgs, THREADS) { bias<f16>(args); }
 KERNEL(bias_bf16, BiasArgs, THREADS) { bias<bf16>(args); }
 
-// Logits of a row that a thread has under way: there are few rows, and rows are long.
-constexpr int AHEAD = 8;
-
 KERNEL(logprobs, LogProbsArgs, THREADS) {
-    __shared__ float room[WARP], sums[WARP];
+    __shared__ SoftmaxRoom room;
     const float* row = args.logits + (size_t)blockIdx.x * args.vocab;
-    // The highest logit and the sum of exp(logit - highest) in one pass; a NaN stays in the sum.
-    float top = -INF, sum = 0;
-    const uint32_t step = blockDim.x;
-    for (uint32_t at = threadIdx.x; at < args.vocab; at += AHEAD * step) {
-        float x[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) x[i] = at + i * step < args.vocab ? row[at + i * step] : -INF;
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            if (x[i] > top) {
-                sum = sum * expf(top - x[i]) + 1;
-                top = x[i];
-            } else if (!(x[i] == -INF)) {
-                sum += expf(x[i] - top);
-            }
-        }
-    }
-    const float warp_top = warp_max(top);
-    if (threadIdx.x % WARP == 0) room[threadIdx.x / WARP] = warp_top;
-    __syncthreads();
-    const int lane = threadIdx.x % WARP;
-    const float highest = warp_max(lane < (int)blockDim.x / WARP ? room[lane] : -INF);
-    sum = block_sum(top == -INF && sum == 0 ? 0 : sum * expf(top - highest), sums);
+    const LogSum of = log_sum(row, args.vocab, room);
     if (threadIdx.x == 0) {
-        const float nan = __uint_as_float(0x7fc00000);
-        const bool number = highest > -INF && highest < INF;
-        args.out[blockIdx.x] = number ? row[args.targets[blockIdx.x]] - highest - logf(sum) : nan;
+        args.out[blockIdx.x] = of.number ? row[args.targets[blockIdx.x]] - of.top - of.ln : quiet_nan();
     }
 }
 

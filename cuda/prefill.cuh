@@ -39,6 +39,12 @@ struct Tile {
     }
 };
 
+// A row of numbers, in whose place zeros are taken where it is not `valid`.
+struct Line {
+    const float* at;
+    bool valid;
+};
+
 // The packed rows of a block.
 struct Share {
     uint32_t group, packed, limit; // query heads of the K/V head; the packed rows [packed, limit)
@@ -57,7 +63,20 @@ struct Share {
     // Counts the rows, which is the first K/V head's part; called by one warp.
     __device__ void note(const AttendArgs& args) const {
         if (blockIdx.y > 0) return;
-        note_attention(args, (packed + group - 1) / group, (limit + group - 1) / group, count_of(args.rows));
+        note_attention(args, begin(), end(), count_of(args.rows));
+    }
+    // The same for rows with K and V of their own, each of which reads its K/V for itself.
+    __device__ void note_apart(const AttendArgs& args) const {
+        if (blockIdx.y > 0) return;
+        const unsigned long long seen = pairs_of(args, begin(), end());
+        if (threadIdx.x == 0) note_pairs(args.work, end() - begin(), seen, seen + end() - begin());
+    }
+    // The query rows of which the block has the first head.
+    __device__ uint32_t begin() const { return (packed + group - 1) / group; }
+    __device__ uint32_t end() const { return (limit + group - 1) / group; }
+    // Of a matrix [rows, heads, head_dim], the i-th packed row.
+    __device__ Line line(const AttendArgs& args, const float* of, uint32_t i) const {
+        return {of + at(args, min(packed + i, limit - 1)), packed + i < limit};
     }
     __device__ size_t at(const AttendArgs& args, uint32_t p) const {
         return query_at(args, p / group, blockIdx.y * group + p % group);

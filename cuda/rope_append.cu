@@ -1,5 +1,4 @@
 // q/k norm, RoPE at the original positions, and K/V into their pages, in one launch: every row is read and written once.
-// A few lanes take a head, each 8 numbers of its lower half and the 8 of its upper half that they are rotated against.
 
 #include "common.cuh"
 
@@ -9,9 +8,7 @@ template <class T> __device__ void rope_append(const RopeAppendArgs& args) {
     const uint32_t q_rows = count_of(args.q_rows), kv_rows = count_of(args.kv_rows);
     if (blockIdx.x == 0 && threadIdx.x == 0) note_rows(args.work, q_rows, kv_rows);
     const KvLayer& kv = args.kv;
-    const uint32_t d = kv.head_dim, half = d / 2;
-    // Lanes of a head: half / 8, rounded up to a power of 2 so that they lie in one warp.
-    const uint32_t lanes = half <= 8 ? 1 : 1u << (32 - __clz(half / 8 - 1));
+    const uint32_t d = kv.head_dim, half = d / 2, lanes = lanes_of_head(half);
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, unit = thread / lanes, at = 8 * (thread % lanes);
     // Heads of all query rows, then those of K, each with its V.
     const uint32_t queries = args.q_rows.bound * args.heads;

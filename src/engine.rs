@@ -7,7 +7,9 @@ pub use crate::backend::Draw;
 use crate::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{self, CudaBackend};
-use crate::backend::{Backend, Counters, DeviceInfo, KvLayout, Meter, Rates, SAMPLE_NONE, Take, mean, sigmoid};
+use crate::backend::{
+    Backend, Counters, DeviceInfo, KvLayout, Meter, Rates, SAMPLE_NONE, Take, TrainingBackend, mean, sigmoid,
+};
 pub use crate::backend::{Kernels, Precision};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
@@ -104,6 +106,17 @@ pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
 /// For a model whose matrices are in `dtype`. Errors: Device and Unsupported when what was asked for is not there.
 /// `fallback`: why there is no GPU for Auto.
 pub(crate) fn backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
+    Ok(open_backend(options, dtype, fallback)?)
+}
+
+/// To train on, in f32 throughout: of the options, what device and how many threads. Errors: as of [`Engine::new`].
+pub fn training_backend(options: &Options) -> Result<Box<dyn TrainingBackend>> {
+    let f32s =
+        Options { dtype: Some(DType::F32), kv_dtype: Some(DType::F32), precision: Precision::F32, ..options.clone() };
+    open_backend(&f32s, DType::F32, &mut None)
+}
+
+fn open_backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn TrainingBackend>> {
     #[cfg(not(feature = "cuda"))]
     let _ = (dtype, fallback);
     let hopper = options.kernels == Kernels::Hopper;
@@ -113,7 +126,7 @@ pub(crate) fn backend(options: &Options, dtype: DType, fallback: &mut Option<Err
             return Err(error.action("use --device cuda, or --kernels auto"));
         }
         let kv = options.kv_dtype.unwrap_or(DType::F32);
-        Ok(Box::new(CpuBackend::new(options.threads, options.precision, kv)?) as Box<dyn Backend>)
+        Ok(Box::new(CpuBackend::new(options.threads, options.precision, kv)?) as Box<dyn TrainingBackend>)
     };
     #[cfg(feature = "cuda")]
     let gpu = |device| {

@@ -9,12 +9,14 @@ use std::ops::ControlFlow;
 use mindskip::Kind;
 use mindskip::backend::cuda::{CudaBackend, emulated::Emulated};
 use mindskip::bundle::Bundle;
-use mindskip::engine::{Device, Engine, Kernels, Options, Seq};
+use mindskip::engine::{Device, Engine, Kernels, Options, Seq, training_backend};
 use mindskip::generate::{Turn, generate};
 use mindskip::model::Routing;
-use mindskip::router::{Keys, RouterSettings};
+use mindskip::router::{Keys, RouterSet, RouterSettings};
 use mindskip::sample::{Sampler, SamplerSettings};
 use mindskip::tensor::DType;
+use mindskip::tune::plan::StepLimits;
+use mindskip::tune::{Goal, Sample, Ste, StepSettings, Tuner};
 use mindskip::weights::Weights;
 
 fn stories(options: Options, settings: impl Fn(RouterSettings) -> RouterSettings) -> mindskip::Result<Engine> {
@@ -148,6 +150,64 @@ fn random_weights_are_the_same_everywhere() {
         logits.push(engine.prefill(&[(seq, &prompt)]).unwrap().to_vec());
     }
     assert_close("logits", &logits[1], &logits[0], 1e-5);
+}
+
+/// A training step gives the losses and router gradients of the CPU, the same bits each time, in the memory that was planned.
+#[test]
+fn training_steps_agree_with_the_cpu() {
+    let folder = goldens().join("routing/model");
+    let config = config(&folder);
+    let weights = Weights::open(&folder).unwrap();
+    // One that takes the products of many rows.
+    let samples: Vec<Sample> = [3, 61, 2, 9]
+        .map(|n| Sample {
+            ids: ids(n, config.vocab, n as u64),
+            counts: (0..n).map(|t| t >= n / 2 && t % 3 != 1).collect(),
+            record: n,
+        })
+        .into();
+    let samples: Vec<&Sample> = samples.iter().collect();
+    for (name, keys, ste, goal) in [
+        ("attn_token", Keys::All, Ste::Full, Goal::Tokens),
+        ("attn_token", Keys::Active, Ste::Full, Goal::Dense),
+        ("block_token", Keys::Active, Ste::Full, Goal::Tokens),
+        ("block_sequence", Keys::All, Ste::Active, Goal::Dense),
+        ("mlp_token", Keys::All, Ste::Full, Goal::Tokens),
+    ] {
+        let router = |l: usize| (l, ids(64, 2001, l as u64).iter().map(|&x| (x as f32 - 1000.0) / 4000.0).collect());
+        let routers = || RouterSet {
+            settings: RouterSettings { granularity: name.parse().unwrap(), keys, ..RouterSettings::default() },
+            weights: [1, 2, 4].map(router).into(),
+            fingerprint: None,
+            metadata: Default::default(),
+            path: "here".into(),
+        };
+        let limits = StepLimits { rows: 96, samples: 5, chunk: 70, memory: None };
+        let tuner = |device| {
+            let backend = training_backend(&Options { device, threads: Some(2), ..Options::default() }).unwrap();
+            Tuner::new(config.clone(), &weights, routers(), goal, limits, backend).unwrap()
+        };
+        let settings =
+            StepSettings { goal, ste, loss_scale: 0.125, lambda: 0.75, target: 0.25, capacity_scale: 1.0 / 71.0 };
+        let step = |tuner: &mut Tuner| {
+            let outcome = tuner.step(&samples, &settings).unwrap();
+            (outcome, tuner.take_gradients().unwrap())
+        };
+        let (expected, gradients) = step(&mut tuner(Device::Cpu));
+        let what = format!("{name}, keys {keys}, {ste:?}, {goal:?}");
+        let active: usize = expected.active.iter().sum();
+        assert!((1..3 * expected.rows).contains(&active), "{what}: {active} active of {}", 3 * expected.rows);
+        let mut gpu = tuner(gpu(3));
+        let allocations = gpu.counters().allocations;
+        let (outcome, first) = step(&mut gpu);
+        assert_eq!(outcome.active, expected.active, "{what}");
+        let losses = |of: &[f64]| of.iter().map(|&x| x as f32).collect::<Vec<_>>();
+        assert_close(&what, &losses(&outcome.losses), &losses(&expected.losses), 1e-5);
+        assert_close(&what, &first, &gradients, 2e-5);
+        let (again, second) = step(&mut gpu);
+        assert_eq!((bits(&second), again.losses), (bits(&first), outcome.losses), "{what}");
+        assert_eq!(gpu.counters().allocations, allocations, "{what}: memory that was not planned");
+    }
 }
 
 /// Steps of many sizes leave no more than a few recordings, and one that was given up is made anew.

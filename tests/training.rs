@@ -10,7 +10,7 @@ use mindskip::Kind;
 use mindskip::backend::Rates;
 use mindskip::bench::{Ideal, Text, ideal};
 use mindskip::bundle::Bundle;
-use mindskip::engine::{Device, Engine, Options};
+use mindskip::engine::{Device, Engine, Options, training_backend};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{RouterSet, RouterSettings};
 use mindskip::tune::data::{Dataset, Encoder};
@@ -65,7 +65,8 @@ fn trainer(bundle: Bundle, data: &Path, settings: TrainSettings) -> mindskip::Re
     };
     let limits = StepLimits { rows: 256, samples: 8, chunk: 64, memory: None };
     let fingerprint = bundle.weights.fingerprint();
-    let tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, Some(2))?;
+    let backend = training_backend(&Options { device: Device::Cpu, threads: Some(2), ..Options::default() })?;
+    let tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
     Trainer::new(tuner, settings, data, fingerprint)
 }
 
@@ -239,7 +240,6 @@ fn tune_refuses_what_it_cannot_do() {
     let (data, out) = (data.to_str().unwrap(), dir.path().join("r.safetensors"));
     let out = out.to_str().unwrap();
     for (more, message) in [
-        (vec!["--device", "cuda"], "on the CPU only so far; give --device cpu"),
         (vec!["--lr", "0"], "--lr is 0; give a positive number"),
         (vec!["--target-capacity", "1.5"], "--target-capacity is 1.5"),
         (vec!["--layers", "9"], "layer 9 of a model with the layers 0 to 7"),

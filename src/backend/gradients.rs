@@ -4,8 +4,10 @@
 //! What holds for [`Ops`](super::Ops) holds for these: buffers do not overlap, sums accumulate in f32 or wider, and the
 //! same inputs give the same bits whatever the number of threads. The host knows every count, so rows are plain lists.
 
+use std::fmt;
+
 use super::ops::{check_f32, check_len, check_linear, check_out, check_rows, check_vector, linear};
-use super::{Cost, Ints, Mat, Weight, Work};
+use super::{Cost, Ints, Mat, Op, OpKind, TrainingBackend, Weight, Work};
 use crate::error::{Result, ensure};
 
 macro_rules! gradients {
@@ -27,7 +29,109 @@ macro_rules! gradients {
                 match self { $(GradientKind::$args => stringify!($method)),+ }
             }
         }
+
+        /// An op of [`Gradients`] with its arguments.
+        #[derive(Debug, Clone, Copy)]
+        pub enum Gradient { $(#[allow(missing_docs)] $args($args)),+ }
+
+        impl Gradient {
+            pub fn kind(&self) -> GradientKind {
+                match self { $(Gradient::$args(_) => GradientKind::$args),+ }
+            }
+
+            /// What it takes when it does `work`.
+            pub fn cost(&self, work: Work) -> Cost {
+                match self { $(Gradient::$args(args) => args.cost(work)),+ }
+            }
+
+            pub fn run(&self, ops: &mut (impl Gradients + ?Sized)) -> Result<()> {
+                match self { $(Gradient::$args(args) => ops.$method(args)),+ }
+            }
+        }
     };
+}
+
+/// An op of either trait.
+#[derive(Debug, Clone, Copy)]
+pub enum AnyOp {
+    Forward(Op),
+    Backward(Gradient),
+}
+
+/// Its name.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AnyKind {
+    Forward(OpKind),
+    Backward(GradientKind),
+}
+
+impl AnyOp {
+    pub fn kind(&self) -> AnyKind {
+        match self {
+            AnyOp::Forward(op) => op.kind().into(),
+            AnyOp::Backward(op) => op.kind().into(),
+        }
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        match self {
+            AnyOp::Forward(op) => op.cost(work),
+            AnyOp::Backward(op) => op.cost(work),
+        }
+    }
+
+    pub fn run(&self, be: &mut dyn TrainingBackend) -> Result<()> {
+        match self {
+            AnyOp::Forward(op) => op.run(be),
+            AnyOp::Backward(op) => op.run(be),
+        }
+    }
+}
+
+impl AnyKind {
+    pub fn all() -> impl Iterator<Item = AnyKind> {
+        OpKind::ALL.iter().map(|&op| op.into()).chain(GradientKind::ALL.iter().map(|&op| op.into()))
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            AnyKind::Forward(op) => op.name(),
+            AnyKind::Backward(op) => op.name(),
+        }
+    }
+}
+
+impl From<OpKind> for AnyKind {
+    fn from(op: OpKind) -> Self {
+        AnyKind::Forward(op)
+    }
+}
+
+impl From<GradientKind> for AnyKind {
+    fn from(op: GradientKind) -> Self {
+        AnyKind::Backward(op)
+    }
+}
+
+impl From<Op> for AnyOp {
+    fn from(op: Op) -> Self {
+        AnyOp::Forward(op)
+    }
+}
+
+impl From<Gradient> for AnyOp {
+    fn from(op: Gradient) -> Self {
+        AnyOp::Backward(op)
+    }
+}
+
+impl fmt::Debug for AnyKind {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            AnyKind::Forward(op) => op.fmt(f),
+            AnyKind::Backward(op) => op.fmt(f),
+        }
+    }
 }
 
 gradients! {
@@ -245,6 +349,7 @@ pub struct AttendBackward {
     pub layer: usize,
     pub head_dim: usize,
     pub kv_heads: usize,
+    /// Above 0
     pub scale: f32,
     /// `[rows]`: rows of the residual stream that queried, by sequence
     pub rows: Ints,
@@ -269,7 +374,7 @@ pub struct AttendBackward {
 
 impl AttendBackward {
     pub fn check(&self) -> Result<()> {
-        check_heads("attend_backward", self.q, self.head_dim, self.kv_heads)?;
+        check_heads("attend_backward", self.q, self.head_dim, self.kv_heads, self.scale)?;
         for (what, ints) in [("first", self.first), ("end", self.end)] {
             check_len("attend_backward", what, ints, self.rows.len)?;
         }
@@ -360,7 +465,7 @@ pub struct AttendApart {
 
 impl AttendApart {
     pub fn check(&self) -> Result<()> {
-        check_heads("attend_apart", self.q, self.head_dim, self.kv_heads)?;
+        check_heads("attend_apart", self.q, self.head_dim, self.kv_heads, self.scale)?;
         for (what, ints) in [("first", self.first), ("end", self.end)] {
             check_len("attend_apart", what, ints, self.rows.len)?;
         }
@@ -452,9 +557,10 @@ fn check_dots(op: &str, rows: Ints, out: Mat, bound: usize) -> Result<()> {
     check_out(op, out, 0, 1)
 }
 
-fn check_heads(op: &str, q: Mat, head_dim: usize, kv_heads: usize) -> Result<()> {
+fn check_heads(op: &str, q: Mat, head_dim: usize, kv_heads: usize, scale: f32) -> Result<()> {
     let heads = q.cols.checked_div(head_dim).unwrap_or(0);
     let fits = heads > 0 && heads * head_dim == q.cols && kv_heads > 0 && heads.is_multiple_of(kv_heads);
     ensure!(fits, Shape, "{op}: {} columns are not query heads of {head_dim} for {kv_heads} K/V heads", q.cols);
+    ensure!(scale > 0.0 && scale.is_finite(), Shape, "{op}: a scale of {scale}, not above 0");
     Ok(())
 }

@@ -208,12 +208,15 @@ impl OpCount {
 }
 
 impl Meter {
-    pub fn add(&mut self, op: OpKind, cost: Cost) {
-        self.ops[op as usize].add(cost);
+    pub fn add(&mut self, op: impl Into<AnyKind>, cost: Cost) {
+        self.count_mut(op.into()).add(cost);
     }
 
-    pub fn add_gradient(&mut self, op: GradientKind, cost: Cost) {
-        self.gradients[op as usize].add(cost);
+    pub fn count_mut(&mut self, op: AnyKind) -> &mut OpCount {
+        match op {
+            AnyKind::Forward(op) => &mut self.ops[op as usize],
+            AnyKind::Backward(op) => &mut self.gradients[op as usize],
+        }
     }
 
     pub fn total(&self) -> Cost {
@@ -311,6 +314,11 @@ pub trait Backend: Ops + Send {
 pub trait TrainingBackend: Backend + Gradients {
     /// Runs the ops of one training step; see [`Backend::step`].
     fn train(&mut self, body: &mut (dyn FnMut(&mut dyn TrainingBackend) -> Result<()> + Send)) -> Result<()>;
+
+    /// [`Backend::workspace`] of training steps, in which all rows pass attention together and chunks of them the rest.
+    fn training_workspace(&self, largest: &Largest, kv: &KvLayout) -> Result<usize> {
+        self.workspace(largest, kv)
+    }
 
     /// Gives an f32 vector that was uploaded other values: the routers, between two steps.
     fn replace(&mut self, vector: Weight, values: &[f32]) -> Result<()>;

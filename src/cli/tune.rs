@@ -11,7 +11,7 @@ use clap::Args;
 use layers::Measured;
 use mindskip::Result;
 use mindskip::bundle::Bundle;
-use mindskip::engine::Device;
+use mindskip::engine::{Device, Options, training_backend};
 use mindskip::memory::{Budget, Size, parse_budget};
 use mindskip::plot;
 use mindskip::router::{Granularity, Keys, LayerSpec, RouterSet, RouterSettings, Select};
@@ -60,7 +60,7 @@ pub struct Tune {
     /// The result as one JSON object.
     #[arg(long)]
     json: bool,
-    /// Where to run; only cpu so far.
+    /// Where to run: cpu, cuda, cuda:N, auto.
     #[arg(long, default_value = "cpu", value_parser = args::device)]
     device: Device,
     /// CPU threads; as many as there are cores when nothing is given.
@@ -169,9 +169,6 @@ struct Trained {
 impl Tune {
     pub fn run(self) -> Ran {
         let _noted = catch_interrupts();
-        if !matches!(self.device, Device::Cpu | Device::Auto) {
-            return Ok(bad("tune runs on the CPU only so far", "give --device cpu")?);
-        }
         let base = self.base()?;
         if let Some(targets) = &self.what.sweep {
             return self.sweep(&base, targets);
@@ -307,7 +304,8 @@ impl Tune {
         };
         let limits = StepLimits { rows, samples: SAMPLES, chunk: 256, memory: self.memory };
         let goal = if self.keep.is_some() { Goal::Dense } else { self.how.loss };
-        Tuner::new(bundle.config.clone(), &bundle.weights, routers, goal, limits, self.threads)
+        let backend = training_backend(&Options { device: self.device, threads: self.threads, ..Options::default() })?;
+        Tuner::new(bundle.config.clone(), &bundle.weights, routers, goal, limits, backend)
     }
 
     /// What the dense model does on the held-out samples.

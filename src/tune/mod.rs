@@ -20,13 +20,11 @@ pub mod train;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, Meter, Precision, TrainingBackend};
+use crate::backend::{Counters, Meter, TrainingBackend};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::model::{Gates, Layer, Model, Routing};
 use crate::router::{RouterSet, named, no_choice};
-use crate::tensor::DType;
 use crate::weights::Weights;
 use pass::{Lists, Pass};
 pub use pass::{StepOutcome, StepSettings};
@@ -87,8 +85,9 @@ pub struct Tuner {
 }
 
 impl Tuner {
-    /// Plans the memory and loads the weights; the routers are those of the set. On the CPU, with so many threads or
-    /// one for every core; `goal` says whether there must be room for the dense model's distributions.
+    /// Plans the memory and loads the weights; the routers are those of the set. The backend is one that
+    /// [`training_backend`](crate::engine::training_backend) makes; `goal` says whether there must be room for the dense
+    /// model's distributions.
     ///
     /// Errors: as of [`StepPlan::new`], [`RouterSet::check`] and [`Weights::tensor`].
     pub fn new(
@@ -97,17 +96,19 @@ impl Tuner {
         routers: RouterSet,
         goal: Goal,
         limits: StepLimits,
-        threads: Option<usize>,
+        mut backend: Box<dyn TrainingBackend>,
     ) -> Result<Self> {
         routers.check(&config, &weights.fingerprint())?;
         let first = *routers.weights.keys().next().ok_or_else(|| Error::new(Kind::Argument, "no layer is routed"))?;
-        let mut backend = CpuBackend::new(threads, Precision::F32, DType::F32)?;
-        let (free, bytes) = (backend.info().free_memory, weights.bytes() as u64);
+        let held = backend.info().weights;
+        let bytes = held.map_or(weights.bytes(), |dtype| weights.parameters() * dtype.size()) as u64;
         let distill = goal == Goal::Dense;
-        let plan = StepPlan::new(&config, first, routers.weights.len(), distill, bytes, limits, free)?;
-        let model = Model::load(config, weights, Some(Routing::routers(routers)), &mut backend)?;
-        backend.reserve(plan.arena as usize, plan.ints as usize / 4, 0, &plan.kv)?;
-        Ok(Tuner { model, backend: Box::new(backend), plan, lists: Lists::default() })
+        let plan = StepPlan::new(&config, first, routers.weights.len(), distill, bytes, limits, backend.as_ref())?;
+        let model = Model::load(config, weights, Some(Routing::routers(routers)), backend.as_mut())?;
+        backend.reserve(plan.arena as usize, plan.ints as usize / 4, plan.workspace as usize, &plan.kv)?;
+        let mut tuner = Tuner { model, backend, plan, lists: Lists::default() };
+        tuner.clear_gradients()?;
+        Ok(tuner)
     }
 
     /// Forward and backward over some samples. The gradients of the routers add up until they are read.
@@ -217,8 +218,13 @@ impl Tuner {
         let from = self.plan.buffers.d_routers;
         let mut values = vec![0.0; from.rows * from.cols];
         self.backend.read_floats(from, &mut values)?;
-        self.backend.write_floats(from, &vec![0.0; from.rows * from.cols])?;
+        self.clear_gradients()?;
         Ok(values)
+    }
+
+    fn clear_gradients(&mut self) -> Result<()> {
+        let to = self.plan.buffers.d_routers;
+        self.backend.write_floats(to, &vec![0.0; to.rows * to.cols])
     }
 
     /// Gives the routers other values, `[routed layers, hidden]`. Errors: Shape when there are more or fewer.
@@ -247,6 +253,11 @@ impl Tuner {
 
     pub fn plan(&self) -> &StepPlan {
         &self.plan
+    }
+
+    /// What the device was asked for; nothing on the CPU.
+    pub fn counters(&self) -> Counters {
+        self.backend.counters()
     }
 
     /// FLOPs, bytes and calls by op.

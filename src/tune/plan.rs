@@ -1,6 +1,6 @@
 //! The memory of a training step, computed and checked before anything is allocated.
 
-use crate::backend::{Ints, KvLayout, Mat, PAGE};
+use crate::backend::{Ints, KvLayout, Largest, Mat, PAGE, TrainingBackend};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::memory::{Budget, Placer, Size, allowed, too_large};
@@ -102,6 +102,8 @@ pub struct StepPlan {
     pub weights: u64,
     pub arena: u64,
     pub ints: u64,
+    /// What the backend needs beside its buffers.
+    pub workspace: u64,
     /// K/V of one layer.
     pub kv: KvLayout,
     /// The first layer whose input is kept.
@@ -111,8 +113,8 @@ pub struct StepPlan {
 
 impl StepPlan {
     /// For a model whose lowest routed layer is `first` of `routed`; `distill` when the dense model's distribution is
-    /// the goal. `free`: what the device has. Errors: Argument for limits of nothing; Memory when it does not fit, with
-    /// the sizes and the knob.
+    /// the goal. Errors: Argument for limits of nothing; Memory when it does not fit, with the sizes and the knob;
+    /// Unsupported for shapes that the backend does not take.
     pub fn new(
         config: &Config,
         first: usize,
@@ -120,7 +122,7 @@ impl StepPlan {
         distill: bool,
         weights: u64,
         limits: StepLimits,
-        free: Option<u64>,
+        backend: &dyn TrainingBackend,
     ) -> Result<Self> {
         let StepLimits { rows, samples, chunk, memory } = limits;
         for (name, value) in [("rows", rows), ("samples", samples), ("chunk", chunk)] {
@@ -141,8 +143,17 @@ impl StepPlan {
         let mut at = Placer::default();
         let buffers = StepBuffers::place(config, first, routed, distill, limits, &mut at).ok_or_else(too_large)?;
         let (arena, ints) = (at.bytes as u64, (at.ints * 4) as u64);
-        let plan = StepPlan { limits, weights, arena, ints, kv, first, buffers };
-        match allowed(memory, free).filter(|&n| plan.total() > n) {
+        let largest = Largest {
+            rows,
+            chunk: chunk.min(rows),
+            hidden: config.hidden,
+            intermediate: config.intermediate,
+            heads: config.heads,
+            vocab: config.vocab,
+        };
+        let workspace = backend.training_workspace(&largest, &kv)? as u64;
+        let plan = StepPlan { limits, weights, arena, ints, workspace, kv, first, buffers };
+        match allowed(memory, backend.info().free_memory).filter(|&n| plan.total() > n) {
             None => Ok(plan),
             Some(available) => Err(Error::new(
                 Kind::Memory,
@@ -166,7 +177,8 @@ impl StepPlan {
     }
 
     pub fn total(&self) -> u64 {
-        self.weights.saturating_add(self.arena).saturating_add(self.ints).saturating_add(self.kv_bytes())
+        let parts = [self.arena, self.ints, self.workspace, self.kv_bytes()];
+        parts.into_iter().fold(self.weights, u64::saturating_add)
     }
 }
 

@@ -351,6 +351,7 @@ impl Trainer {
         f64::from(self.settings.lr) * share
     }
 
+    /// On the host: the gradients are read anyway, to be checked, and are a few KiB.
     fn adamw(&mut self, gradients: &[f32], lr: f32) {
         let TrainState { step, routers, means, squares, .. } = &mut self.state;
         let steps = *step as i32 + 1;

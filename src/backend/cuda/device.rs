@@ -48,9 +48,10 @@ pub struct Launch {
 }
 
 /// A product of dense rows: `out = src · weightᵀ`, or added to what `out` holds. Row-major without gaps, f32 accumulation.
+/// Backward it is `src · weight`: from the gradient behind a projection to the one before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gemm {
-    /// `[n, k]`
+    /// `[n, k]`; backward `[k, n]`
     pub weight: Address,
     /// `[m, k]`
     pub src: Address,
@@ -64,6 +65,7 @@ pub struct Gemm {
     /// Of `out`: `dtype` or f32.
     pub out_dtype: DType,
     pub add: bool,
+    pub backward: bool,
 }
 
 /// A row-major matrix of 16-bit numbers in the device's memory, and the box of it that a TMA copy takes, swizzled within 128

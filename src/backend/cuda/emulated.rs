@@ -244,8 +244,8 @@ fn product(g: &Gemm) {
     let before = if g.add { read(g.out, g.m * g.n, g.out_dtype) } else { vec![0.0; g.m * g.n] };
     for (i, before) in before.into_iter().enumerate() {
         let (row, column) = (i / g.n, i % g.n);
-        let terms = src[row * g.k..][..g.k].iter().zip(&weight[column * g.k..][..g.k]);
-        let sum = before + terms.map(|(a, b)| a * b).sum::<f64>();
+        let of = |i: usize| weight[if g.backward { i * g.n + column } else { column * g.k + i }];
+        let sum = before + (0..g.k).map(|i| src[row * g.k + i] * of(i)).sum::<f64>();
         // SAFETY: as above.
         unsafe {
             match g.out_dtype {

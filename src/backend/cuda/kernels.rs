@@ -13,6 +13,7 @@ pub const ROUTE_ALL: u32 = 0;
 pub const ROUTE_THRESHOLD: u32 = 1;
 pub const ROUTE_TOP_K: u32 = 2;
 pub const ROUTE_SEQUENCE: u32 = 3;
+pub const GATE_ROWS: u32 = 32;
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct WorkCount {
@@ -158,22 +159,24 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct ScatterAddArgs {
+pub struct ScatterArgs {
     pub src: *const f32,
     pub bias: *const f32,
     pub rows: RowSet,
     pub width: u32,
+    pub add: u32,
     pub x: *mut f32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of ScatterAddArgs"][::core::mem::size_of::<ScatterAddArgs>() - 56usize];
-    ["Alignment of ScatterAddArgs"][::core::mem::align_of::<ScatterAddArgs>() - 8usize];
-    ["Offset of field: ScatterAddArgs::src"][::core::mem::offset_of!(ScatterAddArgs, src) - 0usize];
-    ["Offset of field: ScatterAddArgs::bias"][::core::mem::offset_of!(ScatterAddArgs, bias) - 8usize];
-    ["Offset of field: ScatterAddArgs::rows"][::core::mem::offset_of!(ScatterAddArgs, rows) - 16usize];
-    ["Offset of field: ScatterAddArgs::width"][::core::mem::offset_of!(ScatterAddArgs, width) - 40usize];
-    ["Offset of field: ScatterAddArgs::x"][::core::mem::offset_of!(ScatterAddArgs, x) - 48usize];
+    ["Size of ScatterArgs"][::core::mem::size_of::<ScatterArgs>() - 56usize];
+    ["Alignment of ScatterArgs"][::core::mem::align_of::<ScatterArgs>() - 8usize];
+    ["Offset of field: ScatterArgs::src"][::core::mem::offset_of!(ScatterArgs, src) - 0usize];
+    ["Offset of field: ScatterArgs::bias"][::core::mem::offset_of!(ScatterArgs, bias) - 8usize];
+    ["Offset of field: ScatterArgs::rows"][::core::mem::offset_of!(ScatterArgs, rows) - 16usize];
+    ["Offset of field: ScatterArgs::width"][::core::mem::offset_of!(ScatterArgs, width) - 40usize];
+    ["Offset of field: ScatterArgs::add"][::core::mem::offset_of!(ScatterArgs, add) - 44usize];
+    ["Offset of field: ScatterArgs::x"][::core::mem::offset_of!(ScatterArgs, x) - 48usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -464,6 +467,196 @@ const _: () = {
     ["Alignment of AttendHopperArgs"][::core::mem::align_of::<AttendHopperArgs>() - 64usize];
     ["Offset of field: AttendHopperArgs::pool"][::core::mem::offset_of!(AttendHopperArgs, pool) - 0usize];
     ["Offset of field: AttendHopperArgs::attend"][::core::mem::offset_of!(AttendHopperArgs, attend) - 128usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct AttendApartArgs {
+    pub attend: AttendArgs,
+    pub k: *const f32,
+    pub v: *const f32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttendApartArgs"][::core::mem::size_of::<AttendApartArgs>() - 168usize];
+    ["Alignment of AttendApartArgs"][::core::mem::align_of::<AttendApartArgs>() - 8usize];
+    ["Offset of field: AttendApartArgs::attend"][::core::mem::offset_of!(AttendApartArgs, attend) - 0usize];
+    ["Offset of field: AttendApartArgs::k"][::core::mem::offset_of!(AttendApartArgs, k) - 152usize];
+    ["Offset of field: AttendApartArgs::v"][::core::mem::offset_of!(AttendApartArgs, v) - 160usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct AttendBackwardArgs {
+    pub attend: AttendArgs,
+    pub d_out: *const f32,
+    pub d_q: *mut f32,
+    pub d_k: *mut f32,
+    pub d_v: *mut f32,
+    pub kv_start: *const u32,
+    pub slots: u32,
+    pub stats: *mut f32,
+    pub bounds: *mut u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of AttendBackwardArgs"][::core::mem::size_of::<AttendBackwardArgs>() - 216usize];
+    ["Alignment of AttendBackwardArgs"][::core::mem::align_of::<AttendBackwardArgs>() - 8usize];
+    ["Offset of field: AttendBackwardArgs::attend"][::core::mem::offset_of!(AttendBackwardArgs, attend) - 0usize];
+    ["Offset of field: AttendBackwardArgs::d_out"][::core::mem::offset_of!(AttendBackwardArgs, d_out) - 152usize];
+    ["Offset of field: AttendBackwardArgs::d_q"][::core::mem::offset_of!(AttendBackwardArgs, d_q) - 160usize];
+    ["Offset of field: AttendBackwardArgs::d_k"][::core::mem::offset_of!(AttendBackwardArgs, d_k) - 168usize];
+    ["Offset of field: AttendBackwardArgs::d_v"][::core::mem::offset_of!(AttendBackwardArgs, d_v) - 176usize];
+    ["Offset of field: AttendBackwardArgs::kv_start"][::core::mem::offset_of!(AttendBackwardArgs, kv_start) - 184usize];
+    ["Offset of field: AttendBackwardArgs::slots"][::core::mem::offset_of!(AttendBackwardArgs, slots) - 192usize];
+    ["Offset of field: AttendBackwardArgs::stats"][::core::mem::offset_of!(AttendBackwardArgs, stats) - 200usize];
+    ["Offset of field: AttendBackwardArgs::bounds"][::core::mem::offset_of!(AttendBackwardArgs, bounds) - 208usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct LossArgs {
+    pub logits: *mut f32,
+    pub targets: *const u32,
+    pub other: *const f32,
+    pub losses: *mut f32,
+    pub scale: f32,
+    pub vocab: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of LossArgs"][::core::mem::size_of::<LossArgs>() - 40usize];
+    ["Alignment of LossArgs"][::core::mem::align_of::<LossArgs>() - 8usize];
+    ["Offset of field: LossArgs::logits"][::core::mem::offset_of!(LossArgs, logits) - 0usize];
+    ["Offset of field: LossArgs::targets"][::core::mem::offset_of!(LossArgs, targets) - 8usize];
+    ["Offset of field: LossArgs::other"][::core::mem::offset_of!(LossArgs, other) - 16usize];
+    ["Offset of field: LossArgs::losses"][::core::mem::offset_of!(LossArgs, losses) - 24usize];
+    ["Offset of field: LossArgs::scale"][::core::mem::offset_of!(LossArgs, scale) - 32usize];
+    ["Offset of field: LossArgs::vocab"][::core::mem::offset_of!(LossArgs, vocab) - 36usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct NormBackwardArgs {
+    pub x: *const f32,
+    pub rows: *const u32,
+    pub weight: *const f32,
+    pub d_h: *const f32,
+    pub router: *const f32,
+    pub d_logits: *const f32,
+    pub d_x: *mut f32,
+    pub eps: f32,
+    pub width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of NormBackwardArgs"][::core::mem::size_of::<NormBackwardArgs>() - 64usize];
+    ["Alignment of NormBackwardArgs"][::core::mem::align_of::<NormBackwardArgs>() - 8usize];
+    ["Offset of field: NormBackwardArgs::x"][::core::mem::offset_of!(NormBackwardArgs, x) - 0usize];
+    ["Offset of field: NormBackwardArgs::rows"][::core::mem::offset_of!(NormBackwardArgs, rows) - 8usize];
+    ["Offset of field: NormBackwardArgs::weight"][::core::mem::offset_of!(NormBackwardArgs, weight) - 16usize];
+    ["Offset of field: NormBackwardArgs::d_h"][::core::mem::offset_of!(NormBackwardArgs, d_h) - 24usize];
+    ["Offset of field: NormBackwardArgs::router"][::core::mem::offset_of!(NormBackwardArgs, router) - 32usize];
+    ["Offset of field: NormBackwardArgs::d_logits"][::core::mem::offset_of!(NormBackwardArgs, d_logits) - 40usize];
+    ["Offset of field: NormBackwardArgs::d_x"][::core::mem::offset_of!(NormBackwardArgs, d_x) - 48usize];
+    ["Offset of field: NormBackwardArgs::eps"][::core::mem::offset_of!(NormBackwardArgs, eps) - 56usize];
+    ["Offset of field: NormBackwardArgs::width"][::core::mem::offset_of!(NormBackwardArgs, width) - 60usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RopeBackwardArgs {
+    pub angles: *const f32,
+    pub index: *const u32,
+    pub d: *mut f32,
+    pub norm: *const f32,
+    pub src: *const f32,
+    pub eps: f32,
+    pub rows: u32,
+    pub heads: u32,
+    pub head_dim: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RopeBackwardArgs"][::core::mem::size_of::<RopeBackwardArgs>() - 56usize];
+    ["Alignment of RopeBackwardArgs"][::core::mem::align_of::<RopeBackwardArgs>() - 8usize];
+    ["Offset of field: RopeBackwardArgs::angles"][::core::mem::offset_of!(RopeBackwardArgs, angles) - 0usize];
+    ["Offset of field: RopeBackwardArgs::index"][::core::mem::offset_of!(RopeBackwardArgs, index) - 8usize];
+    ["Offset of field: RopeBackwardArgs::d"][::core::mem::offset_of!(RopeBackwardArgs, d) - 16usize];
+    ["Offset of field: RopeBackwardArgs::norm"][::core::mem::offset_of!(RopeBackwardArgs, norm) - 24usize];
+    ["Offset of field: RopeBackwardArgs::src"][::core::mem::offset_of!(RopeBackwardArgs, src) - 32usize];
+    ["Offset of field: RopeBackwardArgs::eps"][::core::mem::offset_of!(RopeBackwardArgs, eps) - 40usize];
+    ["Offset of field: RopeBackwardArgs::rows"][::core::mem::offset_of!(RopeBackwardArgs, rows) - 44usize];
+    ["Offset of field: RopeBackwardArgs::heads"][::core::mem::offset_of!(RopeBackwardArgs, heads) - 48usize];
+    ["Offset of field: RopeBackwardArgs::head_dim"][::core::mem::offset_of!(RopeBackwardArgs, head_dim) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct SwiGluBackwardArgs {
+    pub d_act: *const f32,
+    pub gate: *mut f32,
+    pub up: *mut f32,
+    pub index: *const u32,
+    pub dots: *mut f32,
+    pub width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of SwiGluBackwardArgs"][::core::mem::size_of::<SwiGluBackwardArgs>() - 48usize];
+    ["Alignment of SwiGluBackwardArgs"][::core::mem::align_of::<SwiGluBackwardArgs>() - 8usize];
+    ["Offset of field: SwiGluBackwardArgs::d_act"][::core::mem::offset_of!(SwiGluBackwardArgs, d_act) - 0usize];
+    ["Offset of field: SwiGluBackwardArgs::gate"][::core::mem::offset_of!(SwiGluBackwardArgs, gate) - 8usize];
+    ["Offset of field: SwiGluBackwardArgs::up"][::core::mem::offset_of!(SwiGluBackwardArgs, up) - 16usize];
+    ["Offset of field: SwiGluBackwardArgs::index"][::core::mem::offset_of!(SwiGluBackwardArgs, index) - 24usize];
+    ["Offset of field: SwiGluBackwardArgs::dots"][::core::mem::offset_of!(SwiGluBackwardArgs, dots) - 32usize];
+    ["Offset of field: SwiGluBackwardArgs::width"][::core::mem::offset_of!(SwiGluBackwardArgs, width) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct RowDotsArgs {
+    pub a: *const f32,
+    pub b: *const f32,
+    pub index: *const u32,
+    pub c: *const f32,
+    pub bias: *const f32,
+    pub out: *mut f32,
+    pub width: u32,
+    pub bias_width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of RowDotsArgs"][::core::mem::size_of::<RowDotsArgs>() - 56usize];
+    ["Alignment of RowDotsArgs"][::core::mem::align_of::<RowDotsArgs>() - 8usize];
+    ["Offset of field: RowDotsArgs::a"][::core::mem::offset_of!(RowDotsArgs, a) - 0usize];
+    ["Offset of field: RowDotsArgs::b"][::core::mem::offset_of!(RowDotsArgs, b) - 8usize];
+    ["Offset of field: RowDotsArgs::index"][::core::mem::offset_of!(RowDotsArgs, index) - 16usize];
+    ["Offset of field: RowDotsArgs::c"][::core::mem::offset_of!(RowDotsArgs, c) - 24usize];
+    ["Offset of field: RowDotsArgs::bias"][::core::mem::offset_of!(RowDotsArgs, bias) - 32usize];
+    ["Offset of field: RowDotsArgs::out"][::core::mem::offset_of!(RowDotsArgs, out) - 40usize];
+    ["Offset of field: RowDotsArgs::width"][::core::mem::offset_of!(RowDotsArgs, width) - 48usize];
+    ["Offset of field: RowDotsArgs::bias_width"][::core::mem::offset_of!(RowDotsArgs, bias_width) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct GateBackwardArgs {
+    pub sequences: *const u32,
+    pub logits: *const f32,
+    pub d_mask: *mut f32,
+    pub h: *const f32,
+    pub partial: *mut f32,
+    pub d_router: *mut f32,
+    pub penalty: f32,
+    pub rows: u32,
+    pub width: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of GateBackwardArgs"][::core::mem::size_of::<GateBackwardArgs>() - 64usize];
+    ["Alignment of GateBackwardArgs"][::core::mem::align_of::<GateBackwardArgs>() - 8usize];
+    ["Offset of field: GateBackwardArgs::sequences"][::core::mem::offset_of!(GateBackwardArgs, sequences) - 0usize];
+    ["Offset of field: GateBackwardArgs::logits"][::core::mem::offset_of!(GateBackwardArgs, logits) - 8usize];
+    ["Offset of field: GateBackwardArgs::d_mask"][::core::mem::offset_of!(GateBackwardArgs, d_mask) - 16usize];
+    ["Offset of field: GateBackwardArgs::h"][::core::mem::offset_of!(GateBackwardArgs, h) - 24usize];
+    ["Offset of field: GateBackwardArgs::partial"][::core::mem::offset_of!(GateBackwardArgs, partial) - 32usize];
+    ["Offset of field: GateBackwardArgs::d_router"][::core::mem::offset_of!(GateBackwardArgs, d_router) - 40usize];
+    ["Offset of field: GateBackwardArgs::penalty"][::core::mem::offset_of!(GateBackwardArgs, penalty) - 48usize];
+    ["Offset of field: GateBackwardArgs::rows"][::core::mem::offset_of!(GateBackwardArgs, rows) - 52usize];
+    ["Offset of field: GateBackwardArgs::width"][::core::mem::offset_of!(GateBackwardArgs, width) - 56usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]

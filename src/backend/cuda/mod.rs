@@ -11,6 +11,8 @@ pub mod driver;
 #[cfg(feature = "emulate")]
 #[allow(unsafe_code)]
 pub mod emulated;
+#[allow(unsafe_code)]
+mod gradients;
 #[allow(missing_docs, clippy::all)]
 mod kernels;
 #[allow(unsafe_code)]
@@ -19,6 +21,7 @@ mod ops;
 mod rates;
 mod work;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::time::Duration;
@@ -121,6 +124,17 @@ struct Pool {
     lens: usize,
     /// Of the data, for the kernels that take it, where there are such for its shape.
     map: Option<kernels::TensorMap>,
+}
+
+/// The numbers of a tensor in another type, where it is another.
+fn bytes_in(dtype: DType, tensor: &Tensor) -> Cow<'_, [u8]> {
+    let floats = || tensor.to_f32().into_iter();
+    match dtype {
+        _ if tensor.dtype == dtype => Cow::Borrowed(tensor.bytes()),
+        DType::F32 => bytemuck::cast_slice(&floats().collect::<Vec<_>>()).to_vec().into(),
+        DType::F16 => bytemuck::cast_slice(&floats().map(f16::from_f32).collect::<Vec<_>>()).to_vec().into(),
+        DType::BF16 => bytemuck::cast_slice(&floats().map(bf16::from_f32).collect::<Vec<_>>()).to_vec().into(),
+    }
 }
 
 /// Bytes of page tables, lengths and tickets.
@@ -275,16 +289,7 @@ impl Backend for CudaBackend {
         };
         let nothing = Address(0);
         let vector = if tensor.rows == 1 { put(bytemuck::cast_slice(&tensor.to_f32()))? } else { nothing };
-        let matrix = match (tensor.dtype == dtype, dtype) {
-            (true, _) => put(tensor.bytes())?,
-            (false, DType::F32) => put(bytemuck::cast_slice(&tensor.to_f32()))?,
-            (false, DType::F16) => {
-                put(bytemuck::cast_slice(&tensor.to_f32().into_iter().map(f16::from_f32).collect::<Vec<_>>()))?
-            }
-            (false, DType::BF16) => {
-                put(bytemuck::cast_slice(&tensor.to_f32().into_iter().map(bf16::from_f32).collect::<Vec<_>>()))?
-            }
-        };
+        let matrix = put(&bytes_in(dtype, tensor))?;
         self.weights.push(Stored { matrix, vector });
         // A row is held in f32 as well, for the ops that take a vector.
         let held = if tensor.rows == 1 { tensor.dtype } else { dtype };

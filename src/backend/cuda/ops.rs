@@ -3,6 +3,7 @@
 use std::ptr::null;
 
 use super::device::{Description, Function, Gemm, Launch};
+use super::gradients::Backward;
 use super::kernels::RowSet; // the kernels', not the contract's
 use super::kernels::*;
 use super::*;
@@ -14,7 +15,7 @@ pub struct Functions {
     rope_angles: Function,
     norm_gate: Function,
     gather: Function,
-    scatter_add: Function,
+    pub scatter: Function,
     silu_mul: Function,
     bias: Function,
     bias_f32: Function,
@@ -35,6 +36,7 @@ pub struct Functions {
     /// By the padded head_dim: see [`HEADS`].
     prefill: [Function; 6],
     decode: [Function; 6],
+    pub backward: Backward,
 }
 
 /// Rows of the tiles of the streaming products.
@@ -80,7 +82,7 @@ impl Functions {
             rope_angles: find("rope_angles")?,
             norm_gate: of_type!("norm_gate"),
             gather: find("gather")?,
-            scatter_add: find("scatter_add")?,
+            scatter: find("scatter")?,
             silu_mul: of_type!("silu_mul"),
             bias: of_type!("bias"),
             bias_f32: find("bias_f32")?,
@@ -99,6 +101,7 @@ impl Functions {
             swiglu: tiles("skinny_swiglu", &mut find)?,
             prefill: heads("attend_prefill", &mut find)?,
             decode: heads("attend_decode", &mut find)?,
+            backward: Backward::find(&mut find)?,
         })
     }
 }
@@ -122,7 +125,7 @@ pub fn find_hopper(device: &mut dyn Device, dtype: DType) -> Result<Option<[Func
     Ok(Some(functions))
 }
 
-fn type_of(dtype: DType) -> u32 {
+pub(super) fn type_of(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => TYPE_F32,
         DType::F16 => TYPE_F16,
@@ -131,7 +134,7 @@ fn type_of(dtype: DType) -> u32 {
 }
 
 /// A block a row, with a thread for 8 numbers of it.
-fn a_row_a_block(rows: usize, width: usize) -> Launch {
+pub(super) fn a_row_a_block(rows: usize, width: usize) -> Launch {
     let threads = width.div_ceil(8).next_multiple_of(32).clamp(32, 256) as u32;
     Launch { grid: [rows as u32, 1, 1], threads, shared: 0 }
 }
@@ -145,7 +148,8 @@ impl CudaBackend {
     }
 
     /// The matrices of an op, which do not overlap.
-    fn mats<const N: usize>(&self, op: OpKind, mats: [Mat; N]) -> Result<[*mut c_void; N]> {
+    pub(super) fn mats<const N: usize>(&self, op: impl Into<AnyKind>, mats: [Mat; N]) -> Result<[*mut c_void; N]> {
+        let op = op.into();
         for (i, a) in mats.iter().enumerate() {
             self.place(*a).map_err(|e| e.during(op.name()))?;
             for b in &mats[..i] {
@@ -157,7 +161,8 @@ impl CudaBackend {
     }
 
     /// Integers of an op, which lie in the arena.
-    fn int<const N: usize>(&self, op: OpKind, ints: [Ints; N]) -> Result<[*mut u32; N]> {
+    pub(super) fn int<const N: usize>(&self, op: impl Into<AnyKind>, ints: [Ints; N]) -> Result<[*mut u32; N]> {
+        let op = op.into();
         for i in ints {
             let end = i.offset.checked_add(i.len).filter(|&end| 4 * end <= self.ints.bytes);
             ensure!(end.is_some(), Shape, "{}: integers outside the arena: {i:?}", op.name());
@@ -165,35 +170,35 @@ impl CudaBackend {
         Ok(ints.map(|i| self.ints.start.plus(4 * i.offset).0 as *mut u32))
     }
 
-    fn set(&self, op: OpKind, rows: &ops::RowSet) -> Result<RowSet> {
+    pub(super) fn set(&self, op: impl Into<AnyKind>, rows: &ops::RowSet) -> Result<RowSet> {
         let none = Ints { offset: 0, len: 0 };
         let [index, count] = self.int(op, [rows.index, rows.count.unwrap_or(none)])?;
         let count = if rows.count.is_some() { count.cast_const() } else { null() };
         Ok(RowSet { index, count, bound: rows.bound as u32 })
     }
 
-    fn matrix(&self, op: OpKind, w: Weight) -> Result<*const c_void> {
-        let aligned = w.cols.is_multiple_of(8);
+    fn matrix(&self, op: impl Into<AnyKind>, w: Weight) -> Result<*const c_void> {
+        let (op, aligned) = (op.into(), w.cols.is_multiple_of(8));
         ensure!(aligned, Unsupported, "{}: a [{}, {}] weight: rows are multiples of 8 long", op.name(), w.rows, w.cols);
         Ok(self.weights[w.id].matrix.0 as *const c_void)
     }
 
     /// A weight whose products other ops read.
-    fn inner_matrix(&self, op: OpKind, w: Weight) -> Result<*const c_void> {
-        let aligned = w.rows.is_multiple_of(8);
+    pub(super) fn inner_matrix(&self, op: impl Into<AnyKind>, w: Weight) -> Result<*const c_void> {
+        let (op, aligned) = (op.into(), w.rows.is_multiple_of(8));
         ensure!(aligned, Unsupported, "{}: {} columns, which is no multiple of 8", op.name(), w.rows);
         self.matrix(op, w)
     }
 
-    fn vector(&self, w: Weight) -> *const f32 {
+    pub(super) fn vector(&self, w: Weight) -> *const f32 {
         self.weights[w.id].vector.0 as *const f32
     }
 
-    fn vector_or_null(&self, w: Option<Weight>) -> *const f32 {
+    pub(super) fn vector_or_null(&self, w: Option<Weight>) -> *const f32 {
         w.map_or(null(), |w| self.vector(w))
     }
 
-    fn layer(&self, layer: usize) -> KvLayer {
+    pub(super) fn layer(&self, layer: usize) -> KvLayer {
         let Pool { layout, data, positions, tables, lens, .. } = self.kv();
         let int = |at: usize| self.ints.start.plus(4 * at).0 as *mut u32;
         KvLayer {
@@ -232,8 +237,15 @@ impl CudaBackend {
         Ok(())
     }
 
-    fn launch<A>(&mut self, op: OpKind, function: Function, launch: Launch, args: &A) -> Result<()> {
-        if !matches!(op, OpKind::Logits | OpKind::Sample) {
+    pub(super) fn launch<A>(
+        &mut self,
+        op: impl Into<AnyKind>,
+        function: Function,
+        launch: Launch,
+        args: &A,
+    ) -> Result<()> {
+        let op = op.into();
+        if !matches!(op, AnyKind::Forward(OpKind::Logits | OpKind::Sample)) {
             self.best_of = None;
         }
         if launch.grid.contains(&0) {
@@ -249,18 +261,19 @@ impl CudaBackend {
         unsafe { self.device.launch(function, launch, (&raw const *args).cast(), size_of::<A>()) }
     }
 
-    fn gemm(&mut self, op: OpKind, gemm: &Gemm) -> Result<()> {
+    pub(super) fn gemm(&mut self, op: impl Into<AnyKind>, gemm: &Gemm) -> Result<()> {
         self.send()?;
         // SAFETY: as for `launch_only`.
-        unsafe { self.device.gemm(gemm) }.map_err(|e| e.during(op.name()))
+        unsafe { self.device.gemm(gemm) }.map_err(|e| e.during(op.into().name()))
     }
 
     /// Counters for an op whose rows only the device knows; null when `known`, and the meter has it then.
-    fn account(&mut self, op: Op, known: Option<Work>) -> Result<*mut WorkCount> {
+    pub(super) fn account(&mut self, op: impl Into<AnyOp>, known: Option<Work>) -> Result<*mut WorkCount> {
+        let op = op.into();
         match known {
             Some(work) => {
                 self.accounts.meter.add(op.kind(), op.cost(work));
-                if op.kind() == OpKind::RopeAppend {
+                if op.kind() == AnyKind::Forward(OpKind::RopeAppend) {
                     self.accounts.meter.kv_rows += work.kv_rows as u64;
                 }
                 Ok(std::ptr::null_mut())
@@ -290,7 +303,7 @@ impl CudaBackend {
         (kernels[tile], Launch { grid, threads: 256, shared: shared as u32 })
     }
 
-    fn product(&self, weight: Weight, src: Address, m: usize, out: Address, out_dtype: DType) -> Gemm {
+    pub(super) fn product(&self, weight: Weight, src: Address, m: usize, out: Address, out_dtype: DType) -> Gemm {
         Gemm {
             weight: self.weights[weight.id].matrix,
             src,
@@ -301,11 +314,12 @@ impl CudaBackend {
             dtype: self.info.activations,
             out_dtype,
             add: false,
+            backward: false,
         }
     }
 
     /// `out = bias`, or `out += bias`, where there is one: before the product, which is added to it.
-    fn bias(&mut self, op: OpKind, bias: Option<Weight>, gemm: &Gemm) -> Result<()> {
+    pub(super) fn bias(&mut self, op: impl Into<AnyKind>, bias: Option<Weight>, gemm: &Gemm) -> Result<()> {
         let Some(bias) = bias else { return Ok(()) };
         let (out, rows) = (gemm.out, gemm.m);
         let f32s = gemm.out_dtype == DType::F32;
@@ -615,8 +629,8 @@ impl Ops for CudaBackend {
         let made = self.scratch(bound * n * 4)?;
         let gemm = self.product(a.weight, src, bound, made, DType::F32);
         self.gemm(OP, &gemm)?;
-        let args = ScatterAddArgs { src: made.0 as *const f32, bias, rows, width: n as u32, x: x.cast() };
-        self.launch(OP, self.functions.scatter_add, a_row_a_block(bound, n), &args)
+        let args = ScatterArgs { src: made.0 as *const f32, bias, rows, width: n as u32, add: 1, x: x.cast() };
+        self.launch(OP, self.functions.scatter, a_row_a_block(bound, n), &args)
     }
 
     fn swiglu(&mut self, a: &SwiGlu) -> Result<()> {
@@ -754,8 +768,15 @@ impl CudaBackend {
     }
 
     /// Copies the rows of a set together.
-    fn gathered(&mut self, op: OpKind, src: Address, of: Mat, set: &ops::RowSet, base: usize) -> Result<Address> {
-        let bytes = of.cols * of.dtype.size();
+    pub(super) fn gathered(
+        &mut self,
+        op: impl Into<AnyKind>,
+        src: Address,
+        of: Mat,
+        set: &ops::RowSet,
+        base: usize,
+    ) -> Result<Address> {
+        let (op, bytes) = (op.into(), of.cols * of.dtype.size());
         let out = self.scratch(set.bound * bytes)?;
         let args = GatherArgs {
             src: src.0 as *const c_void,

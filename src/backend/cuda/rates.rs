@@ -59,7 +59,7 @@ impl CudaBackend {
             };
             // Random numbers, as a GPU is faster with zeros.
             let [weight, src, out] = [matrix()?, matrix()?, matrix()?];
-            let gemm = Gemm { weight, src, out, m: n, n, k: n, dtype, out_dtype: dtype, add: false };
+            let gemm = Gemm { weight, src, out, m: n, n, k: n, dtype, out_dtype: dtype, add: false, backward: false };
             let seconds = best(&mut |times| {
                 // SAFETY: the three matrices were allocated above, in this size.
                 (0..times).try_for_each(|_| unsafe { this.device.gemm(&gemm) })?;

@@ -6,7 +6,7 @@
 
 use super::device::{Address, Device};
 use super::kernels::WorkCount;
-use crate::backend::{Cost, Meter, Op, OpKind, Work};
+use crate::backend::{AnyKind, AnyOp, Cost, Meter, OpKind, Work};
 use crate::error::{Result, ensure};
 
 /// Slots of counters; when they are used up the host collects them, which waits for the device.
@@ -15,7 +15,7 @@ const SLOTS: usize = 4096;
 pub struct Accounts {
     counts: Address,
     /// The op of each slot in use.
-    ops: Vec<Op>,
+    ops: Vec<AnyOp>,
     /// Slots below this one belong to recorded steps. All of these issue the same ops in the same order, so they share them.
     kept: usize,
     /// While a step is recorded: its next slot.
@@ -32,7 +32,7 @@ impl Accounts {
     }
 
     /// Counters for a call of `op`, and the call itself noted.
-    pub fn slot(&mut self, device: &mut dyn Device, op: Op) -> Result<*mut WorkCount> {
+    pub fn slot(&mut self, device: &mut dyn Device, op: AnyOp) -> Result<*mut WorkCount> {
         let slot = self.recording.unwrap_or(self.ops.len());
         if slot == SLOTS && self.recording.is_none() {
             self.collect(device)?;
@@ -87,9 +87,9 @@ impl Accounts {
                 sum([of(0, 1, 0), of(0, 2, 0)], kv_calls, kv_rows),
                 sum([of(0, 0, 1), of(0, 0, 2)], 0, pairs),
             ];
-            let total = &mut self.meter.ops[op.kind() as usize].cost;
+            let total = &mut self.meter.count_mut(op.kind()).cost;
             *total = parts.into_iter().fold(*total, |a, b| a + b);
-            if op.kind() == OpKind::RopeAppend {
+            if op.kind() == AnyKind::Forward(OpKind::RopeAppend) {
                 self.meter.kv_rows += kv_rows;
             }
         }

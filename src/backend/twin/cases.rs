@@ -1,12 +1,17 @@
 //! The cases of the ops that have nothing to do with K/V, and the list of all.
 
 use super::Types;
+use super::cases_gradients;
 use super::cases_kv;
 use super::setup::{Case, Count, Setup, activation, noise, spread};
 use crate::backend::*;
 
 /// The cases of an op. A new op does not compile without some.
-pub fn cases(kind: OpKind, types: Types) -> Vec<Case> {
+pub fn cases(kind: AnyKind, types: Types) -> Vec<Case> {
+    let kind = match kind {
+        AnyKind::Forward(op) => op,
+        AnyKind::Backward(op) => return cases_gradients::cases(op, types),
+    };
     match kind {
         OpKind::Embed => embed(types),
         OpKind::RopeAngles => rope_angles(types),
@@ -299,7 +304,7 @@ fn logits(types: Types, v: Linear) -> Case {
 }
 
 /// A logit by row and column, of a random number.
-type Pattern = fn(usize, usize, f32) -> f32;
+pub type Pattern = fn(usize, usize, f32) -> f32;
 
 fn logprobs(types: Types) -> Vec<Case> {
     const INF: f32 = f32::INFINITY;

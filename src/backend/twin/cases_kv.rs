@@ -7,7 +7,7 @@ use super::setup::{Case, Count, Setup, noise, spread};
 use crate::backend::*;
 
 /// The layer that everything happens in; there is one below and one above.
-const LAYER: usize = 1;
+pub const LAYER: usize = 1;
 
 /// The heads of an attention.
 #[derive(Debug, Clone, Copy)]
@@ -137,11 +137,11 @@ pub fn attention(
     Attend { layer, head_dim, scale, rows, row_slot, first, end, q, out, kv_heads, single }
 }
 
-fn query_value(i: usize, col: usize) -> f32 {
+pub fn query_value(i: usize, col: usize) -> f32 {
     0.3 + 1.5 * noise("q", i, col)
 }
 
-fn scale(heads: Heads) -> f32 {
+pub fn scale(heads: Heads) -> f32 {
     1.0 / (heads.head_dim as f32).sqrt()
 }
 

@@ -5,6 +5,7 @@
 //! arenas (what is no input is poisoned before), and have done the work that the reference counts.
 
 mod cases;
+mod cases_gradients;
 mod cases_kv;
 #[cfg(test)]
 mod contract;
@@ -50,15 +51,24 @@ impl Types {
     }
 
     /// Whether an op has something to do with these types that it does not have where K/V are as the activations.
-    #[cfg(test)]
-    fn concern(&self, op: OpKind) -> bool {
-        self.kv == self.activations || matches!(op, OpKind::RopeAppend | OpKind::Attend)
+    fn concern(&self, op: AnyKind) -> bool {
+        match op {
+            AnyKind::Forward(op) => self.kv == self.activations || matches!(op, OpKind::RopeAppend | OpKind::Attend),
+            AnyKind::Backward(_) => self.trains(),
+        }
+    }
+
+    /// Whether the backward ops take them.
+    fn trains(&self) -> bool {
+        (self.activations, self.kv) == (DType::F32, DType::F32)
     }
 }
 
-/// The ops that have kernels of their own with [`Kernels::Hopper`].
+/// Whether an op has kernels of its own with [`Kernels::Hopper`].
 #[cfg(any(feature = "cuda", feature = "emulate"))]
-const HOPPER_OPS: &[OpKind] = &[OpKind::Attend];
+fn has_hopper(op: AnyKind) -> bool {
+    op == AnyKind::Forward(OpKind::Attend)
+}
 
 /// A comparison passes when |a − b| <= atol + rtol·|b|.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +81,14 @@ struct Tolerance {
 ///
 /// Beside each number, for f32, what it rests on: the worst |a − b| / (1 + |b|) of all cases, threads and instruction sets
 /// of the CPU backend. `cargo test --release --lib twin -- --nocapture` prints them anew.
-fn tolerance(op: OpKind, dtype: DType) -> Tolerance {
+fn tolerance(op: AnyKind, dtype: DType) -> Tolerance {
+    let op = match op {
+        AnyKind::Forward(op) => op,
+        AnyKind::Backward(op) => {
+            let error = gradient_error(op);
+            return Tolerance { atol: error, rtol: error };
+        }
+    };
     let f32_error = match op {
         OpKind::Embed => 0.0,         // 0: a look-up
         OpKind::RopeAngles => 1.2e-7, // 0: computed in f64; one unit in the last place
@@ -101,6 +118,22 @@ fn tolerance(op: OpKind, dtype: DType) -> Tolerance {
     }
 }
 
+/// The same for the backward ops, which write f32 alone; measured on the CPU and on the emulator.
+fn gradient_error(op: GradientKind) -> f64 {
+    match op {
+        GradientKind::CopyRows => 0.0,        // 0: a copy
+        GradientKind::Loss => 1e-6,           // 3.0e-7
+        GradientKind::BackProject => 4e-6,    // 2.1e-6, at 513 rows of a weight, without FMA
+        GradientKind::NormBackward => 1e-6,   // 2.4e-7
+        GradientKind::SwiGluBackward => 1e-6, // 2.9e-7
+        GradientKind::AttendBackward => 1e-5, // 3.8e-6: a difference of products, with scores about 10
+        GradientKind::RopeBackward => 6e-7,   // 1.9e-7
+        GradientKind::AttendApart => 1.5e-6,  // 4.1e-7
+        GradientKind::RowDots => 6e-7,        // 1.6e-7
+        GradientKind::GateBackward => 1e-6,   // 2.7e-7
+    }
+}
+
 /// What a case left behind.
 struct Outcome {
     halves: Vec<u16>,
@@ -109,7 +142,7 @@ struct Outcome {
 }
 
 /// Runs a case on a fresh backend.
-fn perform(be: &mut dyn Backend, case: &Case) -> Result<Outcome> {
+fn perform(be: &mut dyn TrainingBackend, case: &Case) -> Result<Outcome> {
     for (id, (tensor, noise)) in case.tensors.iter().enumerate() {
         let held = be.info().weights.filter(|_| tensor.rows > 1).unwrap_or(tensor.dtype);
         let expected = Weight { id, rows: tensor.rows, cols: tensor.cols, dtype: held };
@@ -133,7 +166,7 @@ fn perform(be: &mut dyn Backend, case: &Case) -> Result<Outcome> {
         be.kv_pages(held.layer, held.slot, first.len(), rest)?;
         be.kv_len(held.layer, held.slot, held.rows)?;
     }
-    be.step(None, &mut |be| case.ops().try_for_each(|op| op.run(be)))?;
+    be.train(&mut |be| case.ops().try_for_each(|op| op.run(be)))?;
     let mut after = vec![0; case.ints.len()];
     be.read_ints(ints, &mut after)?;
     be.read_floats(arena, &mut words)?;
@@ -181,7 +214,7 @@ impl Expected {
                 let (a, b) = (load(&actual.halves, mat, i), load(&self.outcome.halves, mat, i));
                 // Attention is as good as the K/V.
                 let kv = case.kv.dtype;
-                let narrow = op == OpKind::Attend && kv.size() < mat.dtype.size();
+                let narrow = op == AnyKind::Forward(OpKind::Attend) && kv.size() < mat.dtype.size();
                 let Tolerance { atol, rtol } = tolerance(op, if narrow { kv } else { mat.dtype });
                 let ratio = match (a.is_finite(), b.is_finite()) {
                     (true, true) => (a - b).abs() / (atol + rtol * b.abs()),
@@ -210,7 +243,7 @@ impl Expected {
 
 /// The worst errors by op and dtype: what the numbers of [`tolerance`] rest on.
 #[derive(Default)]
-struct Worsts(HashMap<(OpKind, DType), Worst>);
+struct Worsts(HashMap<(AnyKind, DType), Worst>);
 
 struct Worst {
     /// Of the tolerance.
@@ -221,7 +254,7 @@ struct Worst {
 }
 
 impl Worsts {
-    fn note(&mut self, op: OpKind, dtype: DType, ratio: f64, actual: f64, expected: f64, case: impl Fn() -> String) {
+    fn note(&mut self, op: AnyKind, dtype: DType, ratio: f64, actual: f64, expected: f64, case: impl Fn() -> String) {
         let make = || Worst { ratio: -1.0, actual, expected, case: String::new() };
         let worst = self.0.entry((op, dtype)).or_insert_with(make);
         if ratio > worst.ratio {
@@ -230,7 +263,7 @@ impl Worsts {
     }
 
     /// A line for what an op has written in each type.
-    fn lines(&self, op: OpKind) -> impl Iterator<Item = String> {
+    fn lines(&self, op: AnyKind) -> impl Iterator<Item = String> {
         self.0.iter().filter(move |((o, _), _)| *o == op).map(|((op, dtype), w)| {
             let error = (w.actual - w.expected).abs();
             let Worst { ratio, expected, case, .. } = w;

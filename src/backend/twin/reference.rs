@@ -3,6 +3,8 @@
 //! It shares no code with any implementation. It also remembers which op wrote each value last, so that a comparison knows
 //! what must have been left alone and which tolerance applies.
 
+mod gradients;
+
 use std::collections::{HashMap, HashSet};
 
 use half::{bf16, f16};
@@ -18,9 +20,9 @@ pub struct Reference {
     weights: Vec<Vec<Vec<f64>>>,
     /// The arena in halves of 16 bits, the size of its smallest element, and who wrote each one.
     pub halves: Vec<u16>,
-    pub written: Vec<Option<OpKind>>,
+    pub written: Vec<Option<AnyKind>>,
     pub ints: Vec<u32>,
-    pub ints_written: Vec<Option<OpKind>>,
+    pub ints_written: Vec<Option<AnyKind>>,
     layout: Option<KvLayout>,
     /// By (layer, slot): rows that were appended, and how many are held.
     kv: HashMap<(usize, usize), Vec<Option<KvRow>>>,
@@ -70,10 +72,10 @@ impl Reference {
     }
 
     /// Rounds and stores a value, and notes who did it.
-    fn put(&mut self, op: OpKind, m: Mat, row: usize, col: usize, value: f64) {
+    fn put(&mut self, op: impl Into<AnyKind>, m: Mat, row: usize, col: usize, value: f64) {
         assert!(row < m.rows && col < m.cols, "({row}, {col}) of [{}, {}]", m.rows, m.cols);
         let at = store(&mut self.halves, m, row * m.cols + col, value);
-        self.written[at].fill(Some(op));
+        self.written[at].fill(Some(op.into()));
     }
 
     fn int(&self, ints: Ints, i: usize) -> u32 {
@@ -84,7 +86,7 @@ impl Reference {
     fn put_int(&mut self, op: OpKind, ints: Ints, i: usize, value: u32) {
         assert!(i < ints.len);
         self.ints[ints.offset + i] = value;
-        self.ints_written[ints.offset + i] = Some(op);
+        self.ints_written[ints.offset + i] = Some(op.into());
     }
 
     fn rows(&self, rows: RowSet) -> Vec<usize> {

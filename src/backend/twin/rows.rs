@@ -139,7 +139,7 @@ fn a_row_gives_the_same_bits_in_every_company() {
         let bits = |outcome: &super::Outcome, mats: &[Mat]| -> Vec<u16> {
             mats.iter().flat_map(|m| outcome.halves[m.offset / 2..(m.offset + m.bytes()) / 2].to_vec()).collect()
         };
-        for &kind in OpKind::ALL.iter().filter(|&&kind| it.types.concern(kind)) {
+        for &kind in OpKind::ALL.iter().filter(|&&kind| it.types.concern(kind.into())) {
             for &weights in it.types.weights {
                 let Some(all) = company(kind, it.types, weights, &(0..ALL).collect::<Vec<_>>()) else { continue };
                 let whole = match attempt(it, &all.case) {

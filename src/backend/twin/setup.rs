@@ -21,7 +21,7 @@ pub struct Case {
     pub held: Vec<Held>,
     /// Ops that prepare (fill the K/V), the op in question, and ops that show what it left in the K/V.
     pub before: Vec<Op>,
-    pub op: Op,
+    pub op: AnyOp,
     pub after: Vec<Op>,
     /// All buffers, in order.
     pub mats: Vec<Mat>,
@@ -31,8 +31,9 @@ pub struct Case {
 }
 
 impl Case {
-    pub fn ops(&self) -> impl Iterator<Item = &Op> {
-        self.before.iter().chain([&self.op]).chain(&self.after)
+    pub fn ops(&self) -> impl Iterator<Item = AnyOp> {
+        let any = |op: &Op| AnyOp::from(*op);
+        self.before.iter().map(any).chain([self.op]).chain(self.after.iter().map(any))
     }
 }
 
@@ -130,7 +131,7 @@ impl Setup {
         setup
     }
 
-    pub fn case(mut self, name: String, op: Op) -> Case {
+    pub fn case(mut self, name: String, op: impl Into<AnyOp>) -> Case {
         // Pages are shuffled over a pool that is larger than what is held; 7 and its size have no common factor.
         let pages = (self.pages + 3).next_multiple_of(7) + 1;
         for page in self.held.iter_mut().flat_map(|h| &mut h.pages) {
@@ -153,7 +154,7 @@ impl Setup {
             tensors: self.tensors,
             held: self.held,
             before: self.before,
-            op,
+            op: op.into(),
             after: self.after,
             mats: self.mats,
             int_buffers: self.int_buffers,

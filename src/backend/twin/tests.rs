@@ -17,8 +17,8 @@ pub(super) struct Implementation {
     /// Whether a row gives the same bits in every company.
     pub rows_are_independent: bool,
     /// Ops that it has not in common with another implementation: only their cases are run.
-    only: &'static [OpKind],
-    pub make: Box<dyn Fn() -> Box<dyn Backend>>,
+    only: fn(AnyKind) -> bool,
+    pub make: Box<dyn Fn() -> Box<dyn TrainingBackend>>,
 }
 
 /// All that there are on this machine.
@@ -33,8 +33,8 @@ pub(super) fn implementations() -> Vec<Implementation> {
                 let name = format!("{}, K/V in {kv}", make().info().name);
                 // `cpu::simd` promises the same bits wherever there is FMA; the SSE levels have none.
                 let family = if name.contains("sse") { "cpu without FMA" } else { "cpu" };
-                let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
-                all.push(Implementation { name, types, family, rows_are_independent: true, only: OpKind::ALL, make });
+                let make = Box::new(move || Box::new(make()) as Box<dyn TrainingBackend>);
+                all.push(Implementation { name, types, family, rows_are_independent: true, only: |_| true, make });
             }
         }
     }
@@ -59,11 +59,11 @@ pub(super) fn implementations() -> Vec<Implementation> {
             };
             let name = format!("{}, {kernels:?}, seed {seed}, K/V in {kv}", make().info().name);
             let types = Types { activations: dtype, kv, weights, held: Some(dtype), multiples: (8, 16) };
-            let (family, only) = match kernels {
-                Kernels::Hopper => ("cuda, Hopper", HOPPER_OPS),
-                _ => ("cuda", OpKind::ALL),
+            let (family, only): (_, fn(AnyKind) -> bool) = match kernels {
+                Kernels::Hopper => ("cuda, Hopper", has_hopper),
+                _ => ("cuda", |_| true),
             };
-            let make = Box::new(move || Box::new(make()) as Box<dyn Backend>);
+            let make = Box::new(move || Box::new(make()) as Box<dyn TrainingBackend>);
             all.push(Implementation { name, types, family, rows_are_independent: false, only, make });
         }
     }
@@ -103,7 +103,7 @@ impl Failures {
 }
 
 /// Runs the cases of an op on every implementation.
-fn agree(kinds: &[OpKind]) {
+fn agree(kinds: &[AnyKind]) {
     let implementations = implementations();
     let (mut failures, mut worst) = (Failures::default(), Worsts::default());
     let mut types: Vec<Types> = implementations.iter().map(|i| i.types).collect();
@@ -115,7 +115,7 @@ fn agree(kinds: &[OpKind]) {
             for case in cases {
                 let expected = Expected::of(&case, types);
                 let mut families: HashMap<&str, (&str, Outcome)> = HashMap::new();
-                for it in implementations.iter().filter(|i| i.types == types && i.only.contains(&kind)) {
+                for it in implementations.iter().filter(|i| i.types == types && (i.only)(kind)) {
                     let outcome = match attempt(it, &case) {
                         Ok(outcome) => outcome,
                         Err(text) => {
@@ -136,13 +136,18 @@ fn agree(kinds: &[OpKind]) {
             }
         }
     }
-    OpKind::ALL.iter().flat_map(|&op| worst.lines(op)).for_each(|line| println!("{line}"));
+    AnyKind::all().flat_map(|op| worst.lines(op)).for_each(|line| println!("{line}"));
     failures.report();
 }
 
 #[test]
 fn every_op_agrees_with_its_twin() {
-    agree(OpKind::ALL);
+    agree(&OpKind::ALL.iter().map(|&op| op.into()).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_backward_op_agrees_with_its_twin() {
+    agree(&GradientKind::ALL.iter().map(|&op| op.into()).collect::<Vec<_>>());
 }
 
 /// The cases can be made for backends that store 16 bits, and the reference rounds as it reads back.
@@ -152,7 +157,7 @@ fn the_reference_agrees_with_itself_in_16_bits() {
         let weights = &[DType::BF16, DType::F16];
         let types = Types { activations: dtype, kv: dtype, weights, held: None, multiples: (1, 2) };
         let mut failures = Failures::default();
-        for case in OpKind::ALL.iter().flat_map(|&kind| cases::cases(kind, types)) {
+        for case in OpKind::ALL.iter().flat_map(|&kind| cases::cases(kind.into(), types)) {
             let outcome = perform(&mut Reference::new(types), &case).expect(&case.name);
             let result = Expected::of(&case, types).compare(&case, &outcome, &mut Worsts::default());
             failures.check(&case.name, "reference", result);
@@ -165,7 +170,9 @@ fn the_reference_agrees_with_itself_in_16_bits() {
 #[test]
 fn comparisons_notice_what_is_wrong() {
     let types = implementations()[0].types;
-    for kind in [OpKind::NormGate, OpKind::Route, OpKind::ProjectAdd, OpKind::Attend] {
+    let forward = [OpKind::NormGate, OpKind::Route, OpKind::ProjectAdd, OpKind::Attend].map(AnyKind::from);
+    let backward = [GradientKind::SwiGluBackward, GradientKind::AttendBackward].map(AnyKind::from);
+    for kind in forward.into_iter().chain(backward) {
         let cases = cases::cases(kind, types);
         // Of those with something to get wrong.
         let case = cases
@@ -203,6 +210,6 @@ fn comparisons_notice_what_is_wrong() {
                 store(value + 1e-4);
             }
         }
-        assert!(spoiled(&|o| o.meter.ops[kind as usize].cost.bytes += 1).is_err(), "{}: the meter", case.name);
+        assert!(spoiled(&|o| o.meter.count_mut(kind).cost.bytes += 1).is_err(), "{}: the meter", case.name);
     }
 }

@@ -12,7 +12,7 @@ use crate::error::Result;
 /// What became of the cases of an op in one type of activations.
 #[derive(Debug, Clone)]
 pub struct Verdict {
-    pub op: OpKind,
+    pub op: AnyKind,
     pub dtype: DType,
     pub kernels: Kernels,
     pub cases: usize,
@@ -22,7 +22,7 @@ pub struct Verdict {
     pub worst: Vec<String>,
 }
 
-/// Runs the cases of every op on a device, in f32, f16 and bf16, or one of `every` so many, and tells `each` verdict as it
+/// Runs the cases of every op on a device, in f32, f16 and bf16 (the backward ones in f32), or one of `every` so many, and tells `each` verdict as it
 /// comes. Ops with kernels for Hopper are run with these too where the device has compute capability 9.0.
 ///
 /// Errors: Device when a backend cannot be built there, or the device has failed for good. What one case makes go wrong
@@ -37,7 +37,7 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
             DType::BF16 => &[DType::BF16],
         };
         let types = Types { activations: dtype, kv: dtype, weights, held: Some(dtype), multiples: (8, 16) };
-        for &op in OpKind::ALL {
+        for op in AnyKind::all().filter(|&op| types.concern(op)) {
             // The twin takes longer than the device: all cores work on it.
             let cases: Vec<_> = cases::cases(op, types).into_iter().step_by(every.max(1)).collect();
             let expected: Vec<_> = cases
@@ -47,7 +47,7 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
                     (case, expected)
                 })
                 .collect();
-            let hopper = is_hopper && types.kv != DType::F32 && HOPPER_OPS.contains(&op);
+            let hopper = is_hopper && types.kv != DType::F32 && has_hopper(op);
             for kernels in [Kernels::Sm80].into_iter().chain(hopper.then_some(Kernels::Hopper)) {
                 let cases = expected.len();
                 let mut verdict = Verdict { op, dtype, kernels, cases, failures: Vec::new(), worst: Vec::new() };

@@ -30,7 +30,7 @@ impl TrainingBackend for CpuBackend {
 
 impl CpuBackend {
     fn count(&mut self, kind: GradientKind, cost: Cost) -> Result<()> {
-        self.meter.add_gradient(kind, cost);
+        self.meter.add(kind, cost);
         Ok(())
     }
 

@@ -72,7 +72,9 @@ pub fn divergence<S: Simd>(simd: S, row: &mut [f32], other: &[f32], scale: f32) 
         // Finite, and of no weight behind the end.
         let (x, y) = (load(simd, row, at, 0.0), load(simd, other, at, f32::MIN));
         let q = exp(simd, y - other_top - other_total);
-        let (low, high) = (q * (y - x)).widen();
+        // What has no weight in q adds nothing, however small its p and q are.
+        let term = q.simd_gt(0.0).select(q * (y - x), V::splat(simd, 0.0));
+        let (low, high) = term.widen();
         acc += low + high;
         store((exp(simd, x - top - total) - q) * scale, row, at);
     }

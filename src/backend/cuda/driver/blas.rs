@@ -1,7 +1,8 @@
 //! Products through cuBLASLt.
 //!
 //! Row-major `out[m, n] = src[m, k] · weight[n, k]ᵀ` is, in the column-major terms of BLAS, `outᵀ[n, m] = op(weight) · src`
-//! with weight `[k, n]` transposed and src `[k, m]` as it is: nothing moves.
+//! with weight `[k, n]` transposed and src `[k, m]` as it is: nothing moves. Backward, `src[m, k] · weight[k, n]` is
+//! `outᵀ[n, m] = weight · src` with weight `[n, k]` as it is, too.
 //!
 //! Asking which algorithm is best takes longer than a small product. So it is asked once for each bucket of m, and each
 //! exact m is only checked against the bucket's algorithm the first time it comes.
@@ -23,6 +24,7 @@ use crate::tensor::DType;
 /// A failed call of cuBLASLt: its status, and what was being done.
 pub(super) struct Failure(pub Status, pub &'static str);
 
+type Product = Owned<sys::cublasLtMatmulDesc_t, Status>;
 type Layout = Owned<sys::cublasLtMatrixLayout_t, Status>;
 
 pub(super) struct Blas {
@@ -32,8 +34,8 @@ pub(super) struct Blas {
 }
 
 struct Library {
-    /// weight transposed, f32 accumulation: the same for all products. f32 inputs are not rounded to TF32 either.
-    product: Owned<sys::cublasLtMatmulDesc_t, Status>,
+    /// f32 accumulation, with weight transposed, and backward as it is. f32 inputs are not rounded to TF32 either.
+    products: [Product; 2],
     handle: Owned<sys::cublasLtHandle_t, Status>,
     /// Bytes that a product may use beside its matrices.
     workspace: usize,
@@ -49,6 +51,7 @@ struct Key {
     dtype: DType,
     out_dtype: DType,
     add: bool,
+    backward: bool,
     /// Bytes that all three addresses are multiples of: 16, or a smaller power of two.
     align: u32,
 }
@@ -79,22 +82,14 @@ impl Blas {
             error.action("use a cuBLAS that is not newer than the driver, see mindskip doctor")
         };
         let mut handle = ptr::null_mut();
-        let mut product = ptr::null_mut();
-        // SAFETY: each call writes one handle, which `Owned` gives back; the attribute is an i32 as documented.
-        unsafe {
+        // SAFETY: writes one handle, which `Owned` gives back.
+        let handle = unsafe {
             ok(sys::cublasLtCreate(&mut handle), "opening cuBLASLt").map_err(failed)?;
-            let handle = Owned(handle, sys::cublasLtDestroy as unsafe fn(sys::cublasLtHandle_t) -> Status);
-            let (sum, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, data_type(DType::F32));
-            ok(sys::cublasLtMatmulDescCreate(&mut product, sum, scale), "describing a product").map_err(failed)?;
-            let product =
-                Owned(product, sys::cublasLtMatmulDescDestroy as unsafe fn(sys::cublasLtMatmulDesc_t) -> Status);
-            let transposed: i32 = 1; // CUBLAS_OP_T
-            let which = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
-            let status = sys::cublasLtMatmulDescSetAttribute(product.0, which, (&raw const transposed).cast(), 4);
-            ok(status, "describing a product").map_err(failed)?;
-            let library = Library { product, handle, workspace: workspace_bytes };
-            Ok(Blas { plans: HashMap::new(), library, workspace })
-        }
+            Owned(handle, sys::cublasLtDestroy as unsafe fn(sys::cublasLtHandle_t) -> Status)
+        };
+        let products = [describe(true).map_err(failed)?, describe(false).map_err(failed)?];
+        let library = Library { products, handle, workspace: workspace_bytes };
+        Ok(Blas { plans: HashMap::new(), library, workspace })
     }
 
     /// Sends a product to the stream.
@@ -102,9 +97,9 @@ impl Blas {
     /// # Safety
     /// The addresses point to memory of the current context's device that is large enough; the stream is of that context.
     pub unsafe fn multiply(&mut self, gemm: &Gemm, stream: sys::cudaStream_t) -> Result<(), Failure> {
-        let &Gemm { weight, src, out, m, n, k, dtype, out_dtype, add } = gemm;
+        let &Gemm { weight, src, out, m, n, k, dtype, out_dtype, add, backward } = gemm;
         let align = 1 << (weight.0 | src.0 | out.0).trailing_zeros().min(4);
-        let key = Key { bucket: bucket(m), n, k, dtype, out_dtype, add, align };
+        let key = Key { bucket: bucket(m), n, k, dtype, out_dtype, add, backward, align };
         let plan = match self.plans.entry(key) {
             Entry::Occupied(plan) => plan.into_mut(),
             Entry::Vacant(place) => place.insert(self.library.plan(&key)?),
@@ -120,7 +115,7 @@ impl Blas {
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.library.handle.0,
-                self.library.product.0,
+                self.library.product(&key),
                 (&raw const one).cast(),
                 pointer(weight),
                 plan.weight.0,
@@ -142,10 +137,14 @@ impl Blas {
 }
 
 impl Library {
+    fn product(&self, key: &Key) -> sys::cublasLtMatmulDesc_t {
+        self.products[usize::from(key.backward)].0
+    }
+
     /// Sees to it that the plan's algorithm takes the m that it stands at: where it does not, one is asked for that does.
     fn admit(&self, plan: &mut Plan, key: &Key) -> Result<(), Failure> {
         let (weight, src, out) = (plan.weight.0, plan.src.0, plan.out.0);
-        let (handle, product, algorithm) = (self.handle.0, self.product.0, &plan.algorithm);
+        let (handle, product, algorithm) = (self.handle.0, self.product(key), &plan.algorithm);
         let mut result = no_result();
         // SAFETY: all handles live; `result` is written.
         let status =
@@ -157,7 +156,8 @@ impl Library {
     }
 
     fn plan(&self, key: &Key) -> Result<Plan, Failure> {
-        let weight = layout(key.dtype, key.k, key.n)?;
+        let (rows, columns) = if key.backward { (key.n, key.k) } else { (key.k, key.n) };
+        let weight = layout(key.dtype, rows, columns)?;
         let src = layout(key.dtype, key.k, key.bucket)?;
         let out = layout(key.out_dtype, key.n, key.bucket)?;
         let algorithm = self.ask(key, weight.0, src.0, out.0)?;
@@ -203,7 +203,7 @@ impl Library {
             let (mut result, mut found) = (no_result(), 0);
             let status = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle.0,
-                self.product.0,
+                self.product(key),
                 weight,
                 src,
                 out,
@@ -237,6 +237,22 @@ impl Plan {
         }
         self.m = m;
         Ok(())
+    }
+}
+
+/// A product with f32 accumulation.
+fn describe(transposed: bool) -> Result<Product, Failure> {
+    const DESCRIBING: &str = "describing a product";
+    let mut product = ptr::null_mut();
+    let (sum, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, data_type(DType::F32));
+    // SAFETY: writes one handle, which `Owned` gives back; the attribute is an i32 as documented.
+    unsafe {
+        ok(sys::cublasLtMatmulDescCreate(&mut product, sum, scale), DESCRIBING)?;
+        let product = Owned(product, sys::cublasLtMatmulDescDestroy as unsafe fn(sys::cublasLtMatmulDesc_t) -> Status);
+        let operation = i32::from(transposed); // CUBLAS_OP_N is 0, CUBLAS_OP_T 1
+        let which = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        ok(sys::cublasLtMatmulDescSetAttribute(product.0, which, (&raw const operation).cast(), 4), DESCRIBING)?;
+        Ok(product)
     }
 }
 

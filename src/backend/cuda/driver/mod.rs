@@ -391,7 +391,7 @@ impl Device for Driver {
     }
 
     unsafe fn gemm(&mut self, gemm: &Gemm) -> Result<()> {
-        let &Gemm { m, n, k, dtype, out_dtype, .. } = gemm;
+        let &Gemm { m, n, k, dtype, out_dtype, backward, .. } = gemm;
         if m == 0 || n == 0 {
             return Ok(());
         }
@@ -415,7 +415,8 @@ impl Device for Driver {
             status if status::is_fault(status) => self.check(status, String::new),
             _ => {
                 let error = Error::new(Kind::Device, format!("cuBLASLt refused a product: {refused}"));
-                let error = error.during(format!("multiplying {m}x{k} by {n}x{k} transposed, {dtype} to {out_dtype}"));
+                let weight = if backward { format!("{k}x{n}") } else { format!("{n}x{k} transposed") };
+                let error = error.during(format!("multiplying {m}x{k} by {weight}, {dtype} to {out_dtype}"));
                 Err(error.action("report it with the output of mindskip doctor"))
             }
         }
