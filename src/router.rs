@@ -9,15 +9,13 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use safetensors::Dtype;
-use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::tensor::Bytes;
-use crate::weights::Weights;
+use crate::weights::{Weights, to_safetensors};
 
 /// An enum whose variants have names, listed once.
 macro_rules! named {
@@ -422,23 +420,8 @@ impl RouterSet {
             set("fingerprint", fingerprint.clone());
         }
 
-        // Not safetensors' own writer: its metadata is a HashMap, so its bytes differ from run to run.
-        let mut header = serde_json::Map::new();
-        header.insert("__metadata__".into(), serde_json::json!(metadata));
-        let mut data: Vec<u8> = Vec::new();
-        for (&layer, router) in &self.weights {
-            let start = data.len();
-            data.extend(router.iter().flat_map(|w| w.to_le_bytes()));
-            let info =
-                TensorInfo { dtype: Dtype::F32, shape: vec![1, router.len()], data_offsets: (start, data.len()) };
-            header.insert(tensor_name(layer), serde_json::json!(info));
-        }
-        let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-        header.resize(header.len().next_multiple_of(8), b' '); // the data stays aligned
-        let mut file = (header.len() as u64).to_le_bytes().to_vec();
-        file.append(&mut header);
-        file.append(&mut data);
-        file
+        let tensors = self.weights.iter().map(|(&layer, router)| (tensor_name(layer), &router[..]));
+        to_safetensors(tensors, &metadata)
     }
 
     fn layer_list(&self) -> String {
@@ -559,6 +542,7 @@ impl fmt::Display for LayerSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use safetensors::Dtype;
     use std::fs;
 
     fn set() -> RouterSet {

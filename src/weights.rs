@@ -84,6 +84,29 @@ impl Entry {
     }
 }
 
+/// The bytes of a safetensors file with rows of f32, `[1, n]` each. The same contents give the same bytes: the
+/// library's own writer has its metadata in the order of a HashMap, another one in every run.
+pub(crate) fn to_safetensors<'a>(
+    tensors: impl IntoIterator<Item = (String, &'a [f32])>,
+    metadata: &BTreeMap<String, String>,
+) -> Vec<u8> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::json!(metadata));
+    let mut data: Vec<u8> = Vec::new();
+    for (name, values) in tensors {
+        let start = data.len();
+        data.extend(values.iter().flat_map(|w| w.to_le_bytes()));
+        let info = TensorInfo { dtype: Dtype::F32, shape: vec![1, values.len()], data_offsets: (start, data.len()) };
+        header.insert(name, serde_json::json!(info));
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' '); // the data stays aligned
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.append(&mut header);
+    file.append(&mut data);
+    file
+}
+
 impl Weights {
     /// Maps `model.safetensors`, or the shards that `model.safetensors.index.json` names, in `dir`.
     ///

@@ -178,6 +178,7 @@ fn training_steps_agree_with_the_cpu() {
         let routers = || RouterSet {
             settings: RouterSettings { granularity: name.parse().unwrap(), keys, ..RouterSettings::default() },
             weights: [1, 2, 4].map(router).into(),
+            thresholds: Default::default(),
             fingerprint: None,
             metadata: Default::default(),
             path: "here".into(),

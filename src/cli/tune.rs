@@ -78,7 +78,7 @@ struct What {
     #[arg(long, value_name = "NAME", default_value = "attn_token", value_parser = str::parse::<Granularity>)]
     granularity: Granularity,
     /// Routed layers: last:N (before the final one), auto:N (which are missed the least, as measured), all, 3-9, 1,2,5.
-    /// The upper half when nothing is given.
+    /// As auto:N half of them when nothing is given.
     #[arg(long, value_parser = str::parse::<LayerSpec>)]
     layers: Option<LayerSpec>,
     /// Training samples that auto:N measures with.
@@ -116,7 +116,7 @@ struct How {
     #[arg(long, value_name = "WEIGHT", allow_negative_numbers = true)]
     lambda: Option<f32>,
     /// Learning rate.
-    #[arg(long, value_name = "RATE", default_value_t = 1e-3, allow_negative_numbers = true)]
+    #[arg(long, value_name = "RATE", default_value_t = 3e-4, allow_negative_numbers = true)]
     lr: f32,
     /// Samples of a batch.
     #[arg(long, value_name = "N", default_value_t = 64)]
@@ -219,7 +219,7 @@ impl Tune {
             Base { bundle, data, keep, val, start, settings, max_length, layers: Vec::new(), measured: None };
         let count = base.bundle.config.layers;
         let half = count.div_ceil(2).min(count - 1).max(1);
-        match (&base.start, self.what.layers.clone().unwrap_or(LayerSpec::Last(half))) {
+        match (&base.start, self.what.layers.clone().unwrap_or(LayerSpec::Auto(half))) {
             (Some(set), _) => base.layers = set.weights.keys().copied().collect(),
             (None, LayerSpec::Auto(n)) if n <= count => {
                 let measured = self.measure(&base, n)?;

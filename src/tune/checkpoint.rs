@@ -1,35 +1,24 @@
 //! The state of a run on disk: a safetensors file with the routers and AdamW's means, the rest in its metadata.
 
-use std::collections::HashMap;
 use std::path::Path;
-
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 
 use super::train::TrainState;
 use crate::error::{Error, Kind, Result};
 use crate::files;
-use crate::weights::Weights;
+use crate::weights::{Weights, to_safetensors};
 
 const FORMAT: &str = "mindskip-tuning-1";
 const TENSORS: [&str; 3] = ["routers", "means", "squares"];
 
 pub fn save(state: &TrainState, identity: &str, path: &Path) -> Result<()> {
-    let tensors = [&state.routers, &state.means, &state.squares];
-    let tensors = tensors.map(|values| bytemuck::cast_slice::<f32, u8>(values));
-    let views = TENSORS.iter().zip(&tensors).map(|(&name, &bytes)| {
-        let view = TensorView::new(Dtype::F32, vec![bytes.len() / 4], bytes).expect("four bytes a number");
-        (name, view)
-    });
-    let metadata: HashMap<String, String> = [
+    let tensors = TENSORS.map(String::from).into_iter().zip([&state.routers[..], &state.means, &state.squares]);
+    let metadata = [
         ("format", FORMAT.to_string()),
         ("run", identity.to_string()),
         ("step", state.step.to_string()),
         ("lambda", state.lambda.to_bits().to_string()),
-    ]
-    .map(|(key, value)| (key.to_string(), value))
-    .into();
-    let bytes = safetensors::serialize(views, Some(metadata)).expect("names and shapes are ours");
+    ];
+    let bytes = to_safetensors(tensors, &metadata.map(|(key, value)| (key.to_string(), value)).into());
     files::write_atomically(path, |file| file.write_all(&bytes))
 }
 

@@ -154,7 +154,8 @@ impl Encoder<'_> {
                 new.extend(self.eos.first());
             }
             // What a template writes behind the token that ends an answer, nobody has to say.
-            let end = new.iter().rposition(|id| self.eos.contains(id)).map_or(new.len(), |last| last + 1);
+            let last = new.iter().rposition(|id| self.template.is_some() && self.eos.contains(id));
+            let end = last.map_or(new.len(), |last| last + 1);
             counts.extend((0..new.len()).map(|i| *answer && i < end));
             ids.append(&mut new);
         }
