@@ -73,7 +73,7 @@ fn the_kernels_have_no_races() {
     let _guard = seeded(1);
     let mut failures = Vec::new();
     let start = std::time::Instant::now();
-    verify(Box::new(Emulated::new(1)), 9, &mut |verdict| {
+    verify(Box::new(Emulated::new(1)), 14, &mut |verdict| {
         println!("{:?} {}: {} cases, at {:.0?}", verdict.op, verdict.dtype, verdict.cases, start.elapsed());
         failures.extend(verdict.failures.iter().cloned());
     })
