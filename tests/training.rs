@@ -257,6 +257,7 @@ fn tune_refuses_what_it_cannot_do() {
     let out = out.to_str().unwrap();
     for (more, message) in [
         (vec!["--lr", "0"], "--lr is 0; give a positive number"),
+        (vec!["--steps", "0"], "--steps is 0; give 1 or more, or --routers to evaluate"),
         (vec!["--target-capacity", "1.5"], "--target-capacity is 1.5"),
         (vec!["--layers", "9"], "layer 9 of a model with the layers 0 to 7"),
         (vec!["--layers", "auto:9"], "auto:9 of a model with 8 layers; name layers that the model has"),

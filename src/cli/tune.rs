@@ -236,6 +236,9 @@ impl Tune {
         if !(how.epochs > 0.0 && how.epochs.is_finite()) {
             return bad(format!("--epochs is {}", how.epochs), "give a positive number");
         }
+        if how.steps == Some(0) && start.is_none() {
+            return bad("--steps is 0", "give 1 or more, or --routers to evaluate");
+        }
         let val_split = if self.val.is_empty() { how.val_split } else { 0.0 };
         let training = samples as f64 * (1.0 - val_split);
         let steps = (training * how.epochs / how.batch.max(1) as f64).ceil() as usize;
