@@ -4,6 +4,7 @@
 mod common;
 
 use common::emulator::*;
+use mindskip::backend::AnyKind;
 use mindskip::backend::cuda::{emulated::Emulated, verify};
 
 /// The lines of a kernel that race: those that end in `// race`, of the function that its line calls or of itself.
@@ -73,7 +74,8 @@ fn the_kernels_have_no_races() {
     let _guard = seeded(1);
     let mut failures = Vec::new();
     let start = std::time::Instant::now();
-    verify(Box::new(Emulated::new(1)), 14, &mut |verdict| {
+    let ops: Vec<_> = AnyKind::all().collect();
+    verify(Box::new(Emulated::new(1)), &ops, 14, &mut |verdict| {
         println!("{:?} {}: {} cases, at {:.0?}", verdict.op, verdict.dtype, verdict.cases, start.elapsed());
         failures.extend(verdict.failures.iter().cloned());
     })

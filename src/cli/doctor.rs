@@ -23,6 +23,10 @@ pub struct Doctor {
     #[cfg(feature = "cuda")]
     #[arg(long, value_name = "N", default_value_t = 1, requires = "verify")]
     every: usize,
+    /// These ops only: all.
+    #[cfg(feature = "cuda")]
+    #[arg(long, value_name = "OP,…", value_delimiter = ',', value_parser = cuda::op(), requires = "verify")]
+    ops: Vec<String>,
     /// The GPU to verify: cuda or cuda:N.
     #[cfg(feature = "cuda")]
     #[arg(long, default_value = "cuda", value_parser = super::args::device, requires = "verify")]
@@ -47,7 +51,7 @@ impl Doctor {
     pub fn run(self) -> Ran {
         #[cfg(feature = "cuda")]
         if self.verify {
-            return cuda::verify(self.device, self.every, self.json);
+            return cuda::verify(self.device, &self.ops, self.every, self.json);
         }
         let m = Machine::look();
         let (cuda_rows, cuda) = cuda::look();
@@ -114,6 +118,8 @@ mod cuda {
     use std::io::{self, Write};
     use std::time::Instant;
 
+    use clap::builder::PossibleValuesParser;
+    use mindskip::backend::AnyKind;
     use mindskip::backend::cuda::device::{self, Description};
     #[cfg(feature = "emulate")]
     use mindskip::backend::cuda::emulated;
@@ -126,8 +132,15 @@ mod cuda {
     use super::super::{Outcome, Ran, bad};
     use super::Row;
 
-    /// Every op on the device against its twin.
-    pub fn verify(device: Device, every: usize, as_json: bool) -> Ran {
+    /// The name of an op.
+    pub fn op() -> PossibleValuesParser {
+        PossibleValuesParser::new(AnyKind::all().map(AnyKind::name))
+    }
+
+    /// Ops, all when none is named, on the device against their twins.
+    pub fn verify(device: Device, ops: &[String], every: usize, as_json: bool) -> Ran {
+        let named = |op: &AnyKind| ops.is_empty() || ops.iter().any(|name| name == op.name());
+        let ops: Vec<_> = AnyKind::all().filter(named).collect();
         let device: Box<dyn device::Device> = match device {
             Device::Cuda(ordinal) => Box::new(driver::Driver::open(ordinal, MODULES)?),
             #[cfg(feature = "emulate")]
@@ -139,7 +152,7 @@ mod cuda {
         let mut failed: Vec<(String, usize)> = Vec::new();
         let mut written = Ok(());
         let mut out = io::stdout().lock();
-        cuda::verify(device, every, &mut |verdict| {
+        cuda::verify(device, &ops, every, &mut |verdict| {
             let (dtype, wrong) = (verdict.dtype, verdict.failures.len());
             let hopper = if verdict.kernels == Kernels::Hopper { ", hopper" } else { "" };
             let op = format!("{}{hopper}", verdict.op.name());
@@ -185,6 +198,7 @@ mod cuda {
                 "memory_total": device.memory, "memory_free": device.free_memory,
             })).collect::<Vec<_>>(),
             "cublaslt": cublaslt.as_ref().ok(),
+            "ops": AnyKind::all().map(AnyKind::name).collect::<Vec<_>>(),
             "error": found.as_ref().err().or(cublaslt.as_ref().err()).map(Error::to_string),
         });
         let driver = found.as_ref().map_err(Error::clone).map(|found| {

@@ -22,12 +22,18 @@ pub struct Verdict {
     pub worst: Vec<String>,
 }
 
-/// Runs the cases of every op on a device, in f32, f16 and bf16 (the backward ones in f32), or one of `every` so many, and tells `each` verdict as it
-/// comes. Ops with kernels for Hopper are run with these too where the device has compute capability 9.0.
+/// Runs the cases of ops on a device, in f32, f16 and bf16 (the backward ones in f32), or one of `every` so many, and tells
+/// `each` verdict as it comes. Ops with kernels for Hopper are run with these too where the device has compute capability
+/// 9.0.
 ///
-/// Errors: Device when a backend cannot be built there, or the device has failed for good. What one case makes go wrong
-/// is a failure of its verdict.
-pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdict)) -> Result<()> {
+/// Errors: Device when a backend cannot be built there, or the device has failed for good, after the verdict on the op that
+/// made it. What one case makes go wrong is a failure of its verdict.
+pub fn verify(
+    device: Box<dyn Device>,
+    ops: &[AnyKind],
+    every: usize,
+    each: &mut dyn FnMut(&Verdict),
+) -> Result<()> {
     let is_hopper = device.description().compute_capability == (9, 0);
     let device = Arc::new(Mutex::new(device));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -37,7 +43,7 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
             DType::BF16 => &[DType::BF16],
         };
         let types = Types { activations: dtype, kv: dtype, weights, held: Some(dtype), multiples: (8, 16) };
-        for op in AnyKind::all().filter(|&op| types.concern(op)) {
+        for op in ops.iter().copied().filter(|&op| types.concern(op)) {
             // The twin takes longer than the device: all cores work on it.
             let cases: Vec<_> = cases::cases(op, types).into_iter().step_by(every.max(1)).collect();
             let expected: Vec<_> = cases
@@ -52,9 +58,16 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
                 let cases = expected.len();
                 let mut verdict = Verdict { op, dtype, kernels, cases, failures: Vec::new(), worst: Vec::new() };
                 let mut worst = Worsts::default();
+                let mut ended = Ok(());
                 for (case, expected) in &expected {
-                    let backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype, types.kv)?;
-                    let mut backend = backend.with_kernels(kernels)?;
+                    let backend = CudaBackend::new(Box::new(Lent::of(&device)), dtype, types.kv);
+                    let mut backend = match backend.and_then(|backend| backend.with_kernels(kernels)) {
+                        Ok(backend) => backend,
+                        Err(error) => {
+                            ended = Err(error);
+                            break;
+                        }
+                    };
                     let result = perform(&mut backend, case).map_err(|e| e.to_string());
                     let result = result.and_then(|outcome| expected.compare(case, &outcome, &mut worst));
                     if let Err(text) = result {
@@ -63,6 +76,7 @@ pub fn verify(device: Box<dyn Device>, every: usize, each: &mut dyn FnMut(&Verdi
                 }
                 verdict.worst = worst.lines(op).collect();
                 each(&verdict);
+                ended?;
             }
         }
     }
