@@ -109,10 +109,13 @@ struct Found {
     __device__ float* state_of(uint32_t warp, uint32_t head) const { return state + (warp * heads + head) * 2; }
 };
 
-// Where a block, by its place along x, leaves what it found for a query head: head_dim sums, maximum, denominator.
-__device__ inline float* partial_of(const AttendArgs& args, const Part& part, uint32_t head, uint32_t block) {
-    const size_t at = size_t(block) * args.heads + part.kv_head * part.group + head;
-    return args.partial + at * (args.kv.head_dim + 2);
+// Where a block, by its place along x, leaves what it found for a query head: head_dim sums; maximum and denominator.
+__device__ inline float* sums_of(const AttendArgs& args, const Part& part, uint32_t head, uint32_t block) {
+    return args.partial + (size_t(block) * args.heads + part.kv_head * part.group + head) * args.kv.head_dim;
+}
+__device__ inline float* state_of(const AttendArgs& args, const Part& part, uint32_t head, uint32_t block) {
+    const size_t sums = size_t(gridDim.x) * args.heads * args.kv.head_dim;
+    return args.partial + sums + (size_t(block) * args.heads + part.kv_head * part.group + head) * 2;
 }
 
 __device__ inline void put(const AttendArgs& args, const Part& part, uint32_t head, uint32_t column, float x) {
@@ -132,16 +135,17 @@ __device__ void merge_warps(const AttendArgs& args, const Part& part, const Foun
         if (part.sharing == 1) {
             put(args, part, head0 + head, column, state.sum / state.total);
         } else {
-            float* to = partial_of(args, part, head0 + head, blockIdx.x);
-            to[column] = state.sum;
-            if (column == 0) to[found.head_dim] = state.top, to[found.head_dim + 1] = state.total;
+            sums_of(args, part, head0 + head, blockIdx.x)[column] = state.sum;
+            float* const to = state_of(args, part, head0 + head, blockIdx.x);
+            if (column == 0) to[0] = state.top, to[1] = state.total;
         }
     }
     __syncthreads();
 }
 
-// The last block of the row and K/V head to come here merges what all of them left.
-__device__ void merge_blocks(const AttendArgs& args, const Part& part, float scale2) {
+// The last block of the row and K/V head to come here merges what all of them left. `room` holds DECODE_SPLITS numbers for
+// each of `most` query heads.
+__device__ void merge_blocks(const AttendArgs& args, const Part& part, float* room, uint32_t most, float scale2) {
     if (part.sharing == 1) return;
     uint32_t* const ticket = args.tickets + part.row * args.kv.kv_heads + part.kv_head;
     __threadfence(); // this block's partials come before its ticket
@@ -149,14 +153,45 @@ __device__ void merge_blocks(const AttendArgs& args, const Part& part, float sca
     const bool last = threadIdx.x == 0 && atomicInc(ticket, part.sharing - 1) == part.sharing - 1; // and is 0 again
     if (!__syncthreads_or(last)) return;
     __threadfence(); // the others' partials come behind theirs, and not from a stale L1 line
-    const uint32_t head_dim = args.kv.head_dim;
-    for (uint32_t i = threadIdx.x; i < part.group * head_dim; i += ATTEND_THREADS) {
-        const uint32_t head = i / head_dim, column = i % head_dim;
-        const State state = State::merge(part.sharing, scale2, [&](uint32_t i) {
-            const float* of = partial_of(args, part, head, part.first + i);
-            return State{of[column], of[head_dim], of[head_dim + 1]};
-        });
-        put(args, part, head, column, state.sum / state.total);
+    const uint32_t head_dim = args.kv.head_dim, lane = threadIdx.x % WARP;
+    for (uint32_t head0 = 0; head0 < part.group; head0 += most) {
+        const uint32_t heads = min(part.group - head0, most);
+        if (head0 > 0) __syncthreads(); // the room was read
+        // The blocks' factors, a warp a head.
+        for (uint32_t head = threadIdx.x / WARP; head < heads; head += ATTEND_WARPS) {
+            float top[SPLITS_EACH], total[SPLITS_EACH], high = -INF, all = 0.0f;
+#pragma unroll
+            for (int i = 0; i < SPLITS_EACH; i++) {
+                const uint32_t block = lane + i * WARP;
+                const float* const of = state_of(args, part, head0 + head, part.first + min(block, part.sharing - 1));
+                top[i] = block < part.sharing ? of[0] : -INF, total[i] = block < part.sharing ? of[1] : 0.0f;
+                high = fmaxf(high, top[i]);
+            }
+            const float base = finite_top(warp_max(high));
+#pragma unroll
+            for (int i = 0; i < SPLITS_EACH; i++) all += total[i] * weight_of(top[i], base, scale2);
+            all = warp_sum(all);
+#pragma unroll
+            for (int i = 0; i < SPLITS_EACH; i++) {
+                room[head * DECODE_SPLITS + lane + i * WARP] = weight_of(top[i], base, scale2) / all;
+            }
+        }
+        __syncthreads();
+        for (uint32_t i = 4 * threadIdx.x; i < heads * head_dim; i += 4 * ATTEND_THREADS) {
+            const uint32_t head = i / head_dim, column = i % head_dim;
+            const size_t step = size_t(args.heads) * head_dim;
+            const float* const from = sums_of(args, part, head0 + head, part.first) + column;
+            float sums[4] = {};
+#pragma unroll 8
+            for (uint32_t block = 0; block < part.sharing; block++) {
+                const float4 part = *(const float4*)(from + block * step);
+                const float factor = room[head * DECODE_SPLITS + block];
+                sums[0] += part.x * factor, sums[1] += part.y * factor;
+                sums[2] += part.z * factor, sums[3] += part.w * factor;
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) put(args, part, head0 + head, column + c, sums[c]);
+        }
     }
 }
 
@@ -358,7 +393,7 @@ template <class T, int HD> __device__ void decode(const AttendArgs& args) {
         }
         merge_warps(args, part, found, head0, scale2);
     }
-    merge_blocks(args, part, scale2);
+    merge_blocks(args, part, (float*)shared, min(part.group, uint32_t(HEADS)), scale2);
 }
 
 // Plain f32 arithmetic for any head_dim up to 256: a lane has columns 4 * lane and 128 + 4 * lane of K/V rows and
@@ -440,7 +475,7 @@ __device__ void decode_f32(const AttendArgs& args) {
         }
         merge_warps(args, part, found, head0, scale2);
     }
-    merge_blocks(args, part, scale2);
+    merge_blocks(args, part, (float*)shared, min(part.group, uint32_t(HEADS)), scale2);
 }
 
 } // namespace

@@ -9,9 +9,19 @@
 
 // KERNEL(name, Args, threads) { body } is a kernel of blocks of at most `threads` that finds its arguments in `args`. A
 // number behind that is of blocks that a multiprocessor holds: registers are made to do for so many, not for more.
+//
+// From sm_90 on a kernel may begin while the one before it ends (programmatic dependent launch), and waits for it; one made
+// by EARLY_KERNEL says itself where, and all of its threads do. All that ran before the one before is over by then.
 #ifndef MINDSKIP_EMULATE
-#define KERNEL(name, Args, ...) \
+#define EARLY_KERNEL(name, Args, ...) \
     extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Args args)
+#define KERNEL(name, Args, ...) \
+    static __device__ __forceinline__ void name##_body(const Args& args); \
+    EARLY_KERNEL(name, Args, __VA_ARGS__) { \
+        wait_for_previous(); \
+        name##_body(args); \
+    } \
+    static __device__ __forceinline__ void name##_body([[maybe_unused]] const Args& args)
 #endif
 
 constexpr int WARP = 32;

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 /* K/V pages that are worth a block of their own in decode. */
-#define DECODE_PAGES 4
+#define DECODE_PAGES 2
 
 /* Types of numbers. */
 #define TYPE_F32 0
@@ -245,7 +245,7 @@ typedef struct AttendArgs {
     /* Decode: blocks that keep the GPU busy, to which the K/V of all rows and heads are dealt out; the last block of a
      * row to end merges what they found. */
     uint32_t blocks;
-    float *partial;    /* [gridDim.x, heads, head_dim + 2]: sums, maximum, denominator */
+    float *partial;    /* [gridDim.x, heads, head_dim] sums, then [gridDim.x, heads, 2] maximum, denominator */
     uint32_t *tickets; /* [rows, kv_heads], zero before and after */
     WorkCount *work;
 } AttendArgs;

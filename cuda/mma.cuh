@@ -75,6 +75,21 @@ __device__ inline void copy_async(void* shared, const void* from, bool valid = t
 __device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Has bytes, a multiple of 16, fetched into the L2 cache, where there is an instruction for many (sm_90).
+__device__ inline void prefetch(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+// Waits for the kernel before this one and for what it wrote, and lets the next one begin, which then waits for this one.
+__device__ inline void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Four 8x8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of matrix l / 8 (16 bytes)
 // and receives of each matrix, in a word, columns 2(l % 4) and the next of row l / 4; transposed: those of column l / 4.
 __device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {

@@ -60,30 +60,23 @@ __device__ void note_best(const SkinnyArgs& args, const Product& of, bool inside
 //
 // Operands come by asynchronous copies, STAGES - 1 steps ahead: ptxas moves loads into registers back behind the products
 // that come before them, and one step under way does not fill the memory's pipe. A thread reads what it has copied itself,
-// so there is no barrier. Dynamic shared memory: STAGES * THREADS * 16 bytes for each of UNITS.
-constexpr int STAGES = 4;
+// so there is no barrier. Dynamic shared memory: STAGES * THREADS * 16 bytes for each of UNITS. Of few rows, two or three
+// blocks to a multiprocessor shall have 80 KiB of weights under way together.
+template <int TILES, int EPILOGUE> constexpr int STAGES_OF = TILES == 1 && EPILOGUE != SWIGLU ? 6 : 4;
 
 template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyArgs& args) {
     constexpr int BANDS = TILES >= 4 && EPILOGUE != SWIGLU ? 2 : 1, PARTS = EPILOGUE == SWIGLU ? 2 : 1;
     // Pieces of 16 bytes that a thread copies for a step: weights, and of few rows the sources.
     constexpr int WEIGHTS = 2 * BANDS * PARTS, SOURCES = TILES <= 2 ? TILES : 0, UNITS = WEIGHTS + SOURCES;
-    constexpr int COLUMNS = 16 * BANDS, ROWS = 8 * TILES, STEP = 32;
+    constexpr int COLUMNS = 16 * BANDS, ROWS = 8 * TILES, STEP = 32, STAGES = STAGES_OF<TILES, EPILOGUE>;
     extern __shared__ uint4 shared[];
-    note(args);
     uint32_t block = blockIdx.x;
     const Product& of = product_of<EPILOGUE>(args, block, COLUMNS);
     const RowSet& rows = args.rows[of.set];
-    const uint32_t n = count_of(rows), row0 = blockIdx.y * ROWS, column0 = block * COLUMNS;
-    if (row0 >= n) return;
+    const uint32_t row0 = blockIdx.y * ROWS, column0 = block * COLUMNS;
     const uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4, k = args.k;
 
-    // Rows and columns beyond the last are computed as the last and not stored.
-    uint32_t source[TILES];
-#pragma unroll
-    for (int j = 0; j < TILES; j++) {
-        const uint32_t i = min(row0 + 8 * j + g, n - 1);
-        source[j] = (EPILOGUE == STORE ? rows.index[i] - args.base : i) * k;
-    }
+    // Columns beyond the last are computed as the last and not stored.
     const T* weights[WEIGHTS];
 #pragma unroll
     for (int i = 0; i < WEIGHTS; i++) {
@@ -93,15 +86,49 @@ template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyA
     }
 
     uint4* own = shared + threadIdx.x;
-    const auto copy = [&](uint32_t step) {
+    const auto copy_weights = [&](uint32_t step) {
         const uint32_t at = (step * WARPS + warp) * STEP + 8 * t;
-        uint4* stage = own + step % STAGES * (UNITS * THREADS);
+        if (at >= k) return;
+#pragma unroll
+        for (int i = 0; i < WEIGHTS; i++) {
+            copy_async(own + step % STAGES * (UNITS * THREADS) + i * THREADS, weights[i] + at);
+        }
+    };
+    // Weights are there before the kernel before has ended. How many rows there are may not be: no row is a guess then.
+    const bool early = row0 < count_of(rows);
+    if (early) {
+#pragma unroll
+        for (int step = 0; step < STAGES - 1; step++) copy_weights(step);
+        // What comes next goes to the L2 cache, as much as it holds of all blocks that are there at a time.
+        constexpr uint32_t BEGUN = (STAGES - 1) * WARPS * STEP, AHEAD = EPILOGUE == ADD ? 4096 : 2048;
+        if (warp == 0 && t == 0 && k > BEGUN) {
+#pragma unroll
+            for (int i = 0; i < WEIGHTS; i++) prefetch(weights[i] + BEGUN, sizeof(T) * min(k - BEGUN, AHEAD));
+        }
+    }
+    wait_for_previous();
+    note(args);
+    const uint32_t n = count_of(rows);
+    if (row0 >= n) {
+        copy_commit();
+        copy_wait<0>();
+        return;
+    }
+
+    // Rows beyond the last are zeros or computed as the last, and not stored.
+    uint32_t source[TILES];
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+        const uint32_t i = min(row0 + 8 * j + g, n - 1);
+        source[j] = (EPILOGUE == STORE ? rows.index[i] - args.base : i) * k;
+    }
+    const auto copy_sources = [&](uint32_t step) {
+        const uint32_t at = (step * WARPS + warp) * STEP + 8 * t;
         if (at < k) {
 #pragma unroll
-            for (int i = 0; i < WEIGHTS; i++) copy_async(stage + i * THREADS, weights[i] + at);
-#pragma unroll
             for (int j = 0; j < SOURCES; j++) {
-                copy_async(stage + (WEIGHTS + j) * THREADS, (const T*)args.src + source[j] + at);
+                uint4* to = own + step % STAGES * (UNITS * THREADS) + (WEIGHTS + j) * THREADS;
+                copy_async(to, (const T*)args.src + source[j] + at, row0 + 8 * j + g < n);
             }
         }
         copy_commit();
@@ -132,9 +159,13 @@ template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyA
     };
     const uint32_t steps = (k + WARPS * STEP - 1) / (WARPS * STEP);
 #pragma unroll
-    for (int step = 0; step < STAGES - 1; step++) copy(step);
+    for (int step = 0; step < STAGES - 1; step++) {
+        if (!early) copy_weights(step);
+        copy_sources(step);
+    }
     for (uint32_t step = 0; step < steps; step++) {
-        copy(step + STAGES - 1);
+        copy_weights(step + STAGES - 1);
+        copy_sources(step + STAGES - 1);
         copy_wait<STAGES - 1>();
         multiply(step);
     }
@@ -213,16 +244,16 @@ template <int EPILOGUE> __device__ void skinny_f32(const SkinnyArgs& args) {
 
 }  // namespace
 
-#define SKINNY(name, epilogue)                                                          \
-    KERNEL(name##_f32, SkinnyArgs, THREADS) { skinny_f32<epilogue>(args); }             \
-    KERNEL(name##_f16_8, SkinnyArgs, THREADS) { skinny<f16, 1, epilogue>(args); }       \
-    KERNEL(name##_f16_16, SkinnyArgs, THREADS) { skinny<f16, 2, epilogue>(args); }      \
-    KERNEL(name##_f16_32, SkinnyArgs, THREADS) { skinny<f16, 4, epilogue>(args); }      \
-    KERNEL(name##_f16_64, SkinnyArgs, THREADS) { skinny<f16, 8, epilogue>(args); }      \
-    KERNEL(name##_bf16_8, SkinnyArgs, THREADS) { skinny<bf16, 1, epilogue>(args); }     \
-    KERNEL(name##_bf16_16, SkinnyArgs, THREADS) { skinny<bf16, 2, epilogue>(args); }    \
-    KERNEL(name##_bf16_32, SkinnyArgs, THREADS) { skinny<bf16, 4, epilogue>(args); }    \
-    KERNEL(name##_bf16_64, SkinnyArgs, THREADS) { skinny<bf16, 8, epilogue>(args); }
+#define SKINNY(name, epilogue)                                                             \
+    KERNEL(name##_f32, SkinnyArgs, THREADS) { skinny_f32<epilogue>(args); }                \
+    EARLY_KERNEL(name##_f16_8, SkinnyArgs, THREADS) { skinny<f16, 1, epilogue>(args); }    \
+    EARLY_KERNEL(name##_f16_16, SkinnyArgs, THREADS) { skinny<f16, 2, epilogue>(args); }   \
+    EARLY_KERNEL(name##_f16_32, SkinnyArgs, THREADS) { skinny<f16, 4, epilogue>(args); }   \
+    EARLY_KERNEL(name##_f16_64, SkinnyArgs, THREADS) { skinny<f16, 8, epilogue>(args); }   \
+    EARLY_KERNEL(name##_bf16_8, SkinnyArgs, THREADS) { skinny<bf16, 1, epilogue>(args); }  \
+    EARLY_KERNEL(name##_bf16_16, SkinnyArgs, THREADS) { skinny<bf16, 2, epilogue>(args); } \
+    EARLY_KERNEL(name##_bf16_32, SkinnyArgs, THREADS) { skinny<bf16, 4, epilogue>(args); } \
+    EARLY_KERNEL(name##_bf16_64, SkinnyArgs, THREADS) { skinny<bf16, 8, epilogue>(args); }
 
 SKINNY(skinny_store, STORE)
 SKINNY(skinny_add, ADD)

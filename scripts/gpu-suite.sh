@@ -2,21 +2,21 @@
 # Checks and measures a build with kernels on a machine with a GPU: no Rust is needed there, only the program (built
 # elsewhere by `cargo build --release` beside nvcc) and NVIDIA's driver with cuBLASLt.
 #
-#   gpu-suite.sh [--quick] [--device cuda:N] [-o results.json] path/to/mindskip
+#   gpu-suite.sh [--quick] [--seconds N] [--device cuda:N] [-o results.json] path/to/mindskip
 #
 # In this order: what is there; every op against its twin; the same under compute-sanitizer, where it is installed; the
 # embedded model's text against the CPU's; its speed, dense and routed; models with random weights; every op by itself;
-# PyTorch, where it is installed. One JSON holds it all. Exit code 1 when a check failed; what would take longer than 8
-# minutes in all (--quick: 2) is left out.
+# PyTorch, where it is installed. One JSON holds it all. Exit code 1 when a check failed; measurements that would begin
+# after 8 minutes (--quick: 2, or --seconds) are left out. COMMIT says which one it is where there is no git.
 set -uo pipefail
 
-quick=0 device=cuda out=gpu-results.json program=
+quick=0 seconds= device=cuda out=gpu-results.json program=
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=1 ;;
-    --device | -o)
+    --device | --seconds | -o)
       [ $# -gt 1 ] || { echo "gpu-suite.sh: $1 needs a value" >&2; exit 1; }
-      if [ "$1" = -o ]; then out=$2; else device=$2; fi
+      case $1 in -o) out=$2 ;; --seconds) seconds=$2 ;; *) device=$2 ;; esac
       shift
       ;;
     -*) echo "gpu-suite.sh: no such option: $1" >&2; exit 1 ;;
@@ -31,7 +31,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
 parts=()
-end=$((SECONDS + (quick ? 120 : 480)))
+end=$((SECONDS + ${seconds:-$((quick ? 120 : 480))}))
 
 # Runs a command whose standard output is JSON, an object a line, and keeps it under a name.
 part() { # name, command...
@@ -70,7 +70,7 @@ for op in $ops; do
 done
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    part "$tool" compute-sanitizer --tool $tool --error-exitcode 9 --log-file "$work/sanitizer" \
+    part "$tool" compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 --log-file "$work/sanitizer" \
       "$program" doctor --verify --device "$device" --json --every $([ $quick = 1 ] && echo 200 || echo 50)
     [ -f "$work/sanitizer" ] && tail -n 3 "$work/sanitizer" >&2
   done
@@ -130,7 +130,7 @@ fi
 {
   printf '{"date": "%s", "command": "%s", "commit": "%s", "gpu": %s, "parts": {' "$(date -u +%FT%TZ)" \
     "gpu-suite.sh --device $device$([ $quick = 1 ] && echo ' --quick')" \
-    "$(git -C "$(dirname "$0")" rev-parse --short HEAD 2>/dev/null || echo unknown)" \
+    "${COMMIT:-$(git -C "$(dirname "$0")" rev-parse --short HEAD 2>/dev/null || echo unknown)}" \
     "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | text)"
   (IFS=,; printf '%s' "${parts[*]}")
   printf '}}\n'

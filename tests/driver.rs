@@ -135,7 +135,7 @@ fn a_fault_is_told_with_the_kernel_and_stays() {
 /// What fails while a step is recorded ends the recording, and only that.
 #[test]
 fn a_recording_that_fails_is_given_up() {
-    for call in ["cuLaunchKernel@2=1", "cuGraphInstantiateWithFlags=2", "cuStreamEndCapture@1=901"] {
+    for call in ["cuLaunchKernelEx@2=1", "cuGraphInstantiateWithFlags=2", "cuStreamEndCapture@1=901"] {
         let all = told(Some(&[]), true, call);
         says(&all, "record", &["Device", "CUDA_ERROR"]);
         says(&all, "copy out again", &["fine"]);

@@ -36,6 +36,7 @@
     [[maybe_unused]] static const bool emu_added_##name =                                                              \
         emu::add_kernel({#name, sizeof(Args), threads, [](const void* args) { name(*(const Args*)args); }});           \
     static void name([[maybe_unused]] const Args& args)
+#define EARLY_KERNEL KERNEL
 
 #define threadIdx (emu::now->thread)
 #define blockIdx (emu::here->block)

@@ -31,6 +31,14 @@ template <class T> __device__ uint32_t pack(float lo, float hi) {
     return from_f32<T>(lo).bits | uint32_t(from_f32<T>(hi).bits) << 16;
 }
 
+__device__ inline void prefetch(const void* from, uint32_t bytes) {
+    emu::check16("prefetch", from, false);
+    if (bytes % 16) emu::fail("prefetch: %u bytes, which is no multiple of 16", bytes);
+}
+
+// Kernels run one after the other.
+__device__ inline void wait_for_previous() {}
+
 __device__ inline float exp2_approx(float x) {
     const float y = exp2f(x);
     return y < 0x1p-126f ? 0.0f : y;

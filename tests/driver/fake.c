@@ -103,7 +103,7 @@ ANSWERS(cuFuncSetAttribute)
 DOES(cuFuncGetParamInfo, (void *function, size_t which, size_t *offset, size_t *size), (void)function, (void)which,
      *offset = 0, *size = 8)
 #endif
-ANSWERS(cuLaunchKernel)
+ANSWERS(cuLaunchKernelEx)
 ANSWERS(cuTensorMapEncodeTiled)
 
 #else

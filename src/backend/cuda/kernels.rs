@@ -1,6 +1,6 @@
 //! The argument structs of the kernels, made from cuda/kernels.h by scripts/kernels-rs.
 
-pub const DECODE_PAGES: u32 = 4;
+pub const DECODE_PAGES: u32 = 2;
 pub const TYPE_F32: u32 = 0;
 pub const TYPE_F16: u32 = 1;
 pub const TYPE_BF16: u32 = 2;

@@ -197,8 +197,9 @@ impl CudaBackend {
     /// Errors: Unsupported for [`Kernels::Hopper`] on a GPU that has none of its instructions.
     pub fn with_kernels(mut self, kernels: Kernels) -> Result<Self> {
         self.hopper = match kernels {
-            Kernels::Auto | Kernels::Sm80 => None,
-            Kernels::Hopper => ops::find_hopper(self.device.as_mut(), self.info.kv)?,
+            Kernels::Sm80 => None,
+            Kernels::Auto if self.device.description().compute_capability != (9, 0) => None,
+            Kernels::Auto | Kernels::Hopper => ops::find_hopper(self.device.as_mut(), self.info.kv)?,
         };
         Ok(self)
     }

@@ -99,9 +99,9 @@ fn tolerance(op: AnyKind, dtype: DType) -> Tolerance {
         OpKind::Attend => 1.5e-6,     // 5.2e-7
         OpKind::ProjectAdd => 1e-6,   // 3.6e-7, at k = 576
         OpKind::SwiGlu => 1.5e-6,     // 5.1e-7, at k = 576
-        OpKind::Logits => 1e-6,       // 3.3e-7, at k = 577
-        OpKind::LogProbs => 4e-7,     // 1.0e-7
-        OpKind::Sample => 0.0,        // the same tokens
+        OpKind::Logits => 1.5e-6, // 3.3e-7, at k = 577; tensor cores of an H100, which cut off what they add: 1.01e-6
+        OpKind::LogProbs => 4e-7, // 1.0e-7
+        OpKind::Sample => 0.0,    // the same tokens
     };
     // What an error of f32 can make of a rounding to less: one unit in the last place.
     let unit = match dtype {

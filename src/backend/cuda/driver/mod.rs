@@ -16,7 +16,8 @@ use std::ffi::{CString, c_int, c_void};
 use std::ptr;
 
 use cudarc::driver::sys::{
-    self, CUcontext, CUdevice, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUmodule, CUresult, CUstream,
+    self, CUcontext, CUdevice, CUfunction, CUfunction_attribute, CUgraph, CUgraphExec, CUlaunchAttribute,
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUresult, CUstream,
 };
 
 use super::device::{Address, Boxed, Counters, Description, Device, Function, Gemm, Graph, Launch, keep};
@@ -57,6 +58,8 @@ struct Kernel {
     handle: CUfunction,
     /// Bytes of its argument struct.
     args: usize,
+    /// Whether it waits itself for the kernel before it.
+    waits: bool,
 }
 
 /// What was sent since the host last waited: the newest few, and how many.
@@ -235,17 +238,21 @@ impl Device for Driver {
             }
             let doing = || format!("preparing the kernel {name}");
             self.check(status, doing)?;
-            let (mut fixed, mut offset, mut args) = (0, 0, 0);
+            let (mut fixed, mut ptx, mut offset, mut args) = (0, 0, 0, 0);
             let shared = CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
             let most = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the handle was found above; each call writes what it is given room for.
             unsafe {
                 self.check(sys::cuFuncGetAttribute(&mut fixed, shared, handle), doing)?;
+                let version = CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+                self.check(sys::cuFuncGetAttribute(&mut ptx, version, handle), doing)?;
                 let dynamic = (self.description.shared_per_block as c_int).saturating_sub(fixed);
                 self.check(sys::cuFuncSetAttribute(handle, most, dynamic), doing)?;
                 self.check(sys::cuFuncGetParamInfo(handle, 0, &mut offset, &mut args), doing)?;
             }
-            self.kernels.push(Kernel { name: name.into(), handle, args });
+            // What was compiled for less does not wait, see wait_for_previous in cuda/mma.cuh.
+            let waits = ptx >= 90;
+            self.kernels.push(Kernel { name: name.into(), handle, args, waits });
             return Ok(Function(self.kernels.len() - 1));
         }
         let error = Error::new(Kind::Device, format!("no CUDA module has the kernel {name}"));
@@ -371,15 +378,28 @@ impl Device for Driver {
             let error = Error::new(Kind::Device, text);
             return Err(error.action("build again: the kernels are of another version than the program"));
         }
-        let [x, y, z] = launch.grid;
         let mut params = [args.cast_mut()];
-        // SAFETY: the kernel has one parameter of `size` bytes, which the driver copies before it returns; that what it
-        // points to fits the kernel is what the caller promises.
-        let status = unsafe {
-            let (threads, shared, stream) = (launch.threads, launch.shared, self.stream.0);
-            let params = params.as_mut_ptr();
-            sys::cuLaunchKernel(kernel.handle, x, y, z, threads, 1, 1, shared, stream, params, ptr::null_mut())
+        // It may begin while the kernel before it ends: 1 us less between two of them, and skinny_* read weights meanwhile.
+        let mut early = CUlaunchAttribute {
+            id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
+        let config = CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream.0,
+            attrs: &mut early,
+            numAttrs: kernel.waits.into(),
+        };
+        // SAFETY: the kernel has one parameter of `size` bytes, which the driver copies before it returns, as it does the
+        // attribute; that what it points to fits the kernel is what the caller promises.
+        let status = unsafe { sys::cuLaunchKernelEx(&config, kernel.handle, params.as_mut_ptr(), ptr::null_mut()) };
         if status != CUresult::CUDA_SUCCESS {
             let Launch { grid, threads, shared } = launch;
             let geometry = format!("a grid of {grid:?}, {threads} threads, {shared} bytes of shared memory");

@@ -30,7 +30,7 @@ pub(super) const DRIVER_SYMBOLS: &[&str] = &[
     "cuDevicePrimaryCtxRelease_v2", "cuDevicePrimaryCtxRetain", "cuDeviceTotalMem_v2", "cuDriverGetVersion",
     "cuEventCreate", "cuEventDestroy_v2", "cuEventQuery", "cuEventRecord", "cuEventSynchronize", "cuFuncGetAttribute",
     "cuFuncGetParamInfo", "cuFuncSetAttribute", "cuGetErrorString", "cuGraphDestroy", "cuGraphExecDestroy",
-    "cuGraphInstantiateWithFlags", "cuGraphLaunch", "cuGraphUpload", "cuInit", "cuLaunchKernel", "cuMemAlloc_v2",
+    "cuGraphInstantiateWithFlags", "cuGraphLaunch", "cuGraphUpload", "cuInit", "cuLaunchKernelEx", "cuMemAlloc_v2",
     "cuMemFreeHost", "cuMemFree_v2", "cuMemGetInfo_v2", "cuMemHostAlloc", "cuMemcpyDtoDAsync_v2", "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2", "cuMemsetD8Async", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload",
     "cuStreamBeginCapture_v2", "cuStreamCreate", "cuStreamDestroy_v2", "cuStreamEndCapture", "cuStreamQuery",
