@@ -47,7 +47,7 @@ part() { # name, command...
     tail -n 20 "$work/err" >&2
   fi
   parts+=("\"$name\": {\"exit\": $rc, \"seconds\": $((SECONDS - start)), \"lines\": [$(grep '^{' "$work/out" | paste -sd,)], \
-\"errors\": $(tail -n 20 "$work/err" | text)}")
+\"errors\": $(tail -n 30 "$work/err" | text)}")
 }
 
 # Standard input as a JSON string; what is no UTF-8 is left out.
@@ -70,9 +70,10 @@ for op in $ops; do
 done
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    part "$tool" compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 --log-file "$work/sanitizer" \
+    # shellcheck disable=SC2016
+    part "$tool" sh -c '"$@"; rc=$?; grep -v "Host Frame" "$0" | tail -n 30 >&2; exit $rc' "$work/sanitizer" \
+      compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 --log-file "$work/sanitizer" \
       "$program" doctor --verify --device "$device" --json --every $([ $quick = 1 ] && echo 200 || echo 50)
-    [ -f "$work/sanitizer" ] && tail -n 3 "$work/sanitizer" >&2
   done
 else
   echo "compute-sanitizer is not installed: memcheck and racecheck are left out" >&2

@@ -289,14 +289,20 @@ impl CudaBackend {
     }
 
     /// The kernel for so many rows, and its launch over the columns of some products.
-    fn skinny(&self, kernels: [Function; 4], bound: usize, columns: &[usize], swiglu: bool) -> (Function, Launch) {
+    fn skinny(&self, op: OpKind, bound: usize, columns: &[usize]) -> (Function, Launch) {
+        let (kernels, parts, stages) = match op {
+            OpKind::Qkv => (self.functions.store, 1, 6),
+            OpKind::Logits => (self.functions.logits, 1, 6),
+            OpKind::SwiGlu => (self.functions.swiglu, 2, 4),
+            _ => (self.functions.add, 1, 4),
+        };
         let tile = TILES.iter().position(|&rows| bound <= rows).unwrap_or(3);
         let (rows, wide, shared) = match self.info.activations {
             DType::F32 => (8, 8, 0),
             _ => {
-                let (bands, parts) = (if tile >= 2 && !swiglu { 2 } else { 1 }, if swiglu { 2 } else { 1 });
+                let bands = if tile >= 2 && parts == 1 { 2 } else { 1 };
                 let sources = if tile < 2 { tile + 1 } else { 0 };
-                let stages = if tile == 0 && !swiglu { 6 } else { 4 };
+                let stages = if tile == 0 { stages } else { 4 };
                 (TILES[tile], 16 * bands, stages * 256 * 16 * (2 * bands * parts + sources))
             }
         };
@@ -486,7 +492,7 @@ impl Ops for CudaBackend {
             };
             let bound = a.q_rows.bound.max(a.kv_rows.bound);
             let columns = a.weights.map(|w| w.rows);
-            let (function, launch) = self.skinny(self.functions.store, bound, &columns, false);
+            let (function, launch) = self.skinny(OP, bound, &columns);
             return self.launch(OP, function, launch, &args);
         }
         let mut gathered: Option<(usize, Address)> = None;
@@ -618,7 +624,7 @@ impl Ops for CudaBackend {
         let rows = self.set(OP, &a.rows)?;
         if Self::is_skinny(&a.rows) {
             let of = Product { weight, bias, out: x, n: n as u32, set: 0 };
-            let (function, launch) = self.skinny(self.functions.add, bound, &[n], false);
+            let (function, launch) = self.skinny(OP, bound, &[n]);
             return self.launch(OP, function, launch, &one_product(src, a.src.cols, rows, of, work));
         }
         let src = Address(src as u64);
@@ -649,7 +655,7 @@ impl Ops for CudaBackend {
             let of = |i: usize| Product { weight: weights[i], bias: biases[i], out, n: n as u32, set: 0 };
             let mut args = one_product(h, a.h.cols, rows, of(0), work);
             args.of[1] = of(1);
-            let (function, launch) = self.skinny(self.functions.swiglu, bound, &[n], true);
+            let (function, launch) = self.skinny(OP, bound, &[n]);
             return self.launch(OP, function, launch, &args);
         }
         let (src, dtype) = (Address(h as u64), self.info.activations);
@@ -673,7 +679,7 @@ impl Ops for CudaBackend {
         if rows <= MANY_ROWS {
             let set = RowSet { index: null(), count: null(), bound: rows as u32 };
             let of = Product { weight, bias: null(), out, n: n as u32, set: 0 };
-            let (function, launch) = self.skinny(self.functions.logits, rows, &[n], false);
+            let (function, launch) = self.skinny(OP, rows, &[n]);
             let room = Sampling::of(rows, n);
             // Where they may be drawn from, the best stay where they are.
             let wanted = if rows <= self.kv().layout.slots { room.bytes } else { room.keys };

@@ -379,7 +379,8 @@ impl Device for Driver {
             return Err(error.action("build again: the kernels are of another version than the program"));
         }
         let mut params = [args.cast_mut()];
-        // It may begin while the kernel before it ends: 1 us less between two of them, and skinny_* read weights meanwhile.
+        // It may begin while the kernel before it ends. Decode on an H100, with it and without: SmolLM2-135M 1251 and 958
+        // tokens/s, Llama-3-8B 155 and 152.
         let mut early = CUlaunchAttribute {
             id: CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
