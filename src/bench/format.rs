@@ -37,7 +37,7 @@ impl FromStr for Format {
 }
 
 /// A line of a table: columns and what stands in them.
-type Cells = Vec<(&'static str, String)>;
+pub(super) type Cells = Vec<(&'static str, String)>;
 
 /// What has lines in a table.
 pub trait Lines: Serialize {
@@ -153,7 +153,7 @@ fn percent(share: f64) -> String {
 }
 
 /// Three digits that count: 9.87, 98.7, 987, 9870.
-fn short(x: f64) -> String {
+pub(super) fn short(x: f64) -> String {
     match x {
         _ if x >= 100.0 => format!("{x:.0}"),
         _ if x >= 10.0 => format!("{x:.1}"),
@@ -161,12 +161,12 @@ fn short(x: f64) -> String {
     }
 }
 
-fn or_dash<T: ToString>(value: &Option<T>) -> String {
+pub(super) fn or_dash<T: ToString>(value: &Option<T>) -> String {
     value.as_ref().map_or("-".into(), T::to_string)
 }
 
 impl super::Head {
-    fn cells(&self) -> Cells {
+    pub(super) fn cells(&self) -> Cells {
         let sources = self.commit.as_ref().map_or(String::new(), |commit| format!(" ({commit})"));
         vec![
             ("mindskip", format!("{}{sources}", self.version)),

@@ -28,12 +28,7 @@ pub struct Verdict {
 ///
 /// Errors: Device when a backend cannot be built there, or the device has failed for good, after the verdict on the op that
 /// made it. What one case makes go wrong is a failure of its verdict.
-pub fn verify(
-    device: Box<dyn Device>,
-    ops: &[AnyKind],
-    every: usize,
-    each: &mut dyn FnMut(&Verdict),
-) -> Result<()> {
+pub fn verify(device: Box<dyn Device>, ops: &[AnyKind], every: usize, each: &mut dyn FnMut(&Verdict)) -> Result<()> {
     let is_hopper = device.description().compute_capability == (9, 0);
     let device = Arc::new(Mutex::new(device));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
