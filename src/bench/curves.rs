@@ -8,6 +8,11 @@ type Variable = (&'static str, fn(&Row) -> usize);
 
 const VARIABLES: [Variable; 3] = [("depth", |row| row.depth), ("prompt", |row| row.prompt), ("batch", |row| row.batch)];
 
+/// A phase: its name, and what a row has of it.
+type PhaseOf = (&'static str, fn(&Row) -> Option<&Phase>);
+
+const PHASES: [PhaseOf; 2] = [("prefill", |row| row.prefill.as_ref()), ("decode", |row| row.decode.as_ref())];
+
 /// From this ratio of the greatest to the least on, doublings of x are equally wide.
 const WIDE: f64 = 4.0;
 
@@ -17,9 +22,7 @@ const WIDE: f64 = 4.0;
 pub fn charts(rows: &[Row]) -> Vec<Chart> {
     let mut charts = Vec::new();
     for setting in distinct(rows.iter().map(|row| setting(&row.head))) {
-        let phases: [(&str, fn(&Row) -> Option<&Phase>); 2] =
-            [("prefill", |row| row.prefill.as_ref()), ("decode", |row| row.decode.as_ref())];
-        for (name, phase) in phases {
+        for (name, phase) in PHASES {
             let own = rows.iter().filter(|row| setting == self::setting(&row.head));
             let points: Vec<_> = own.filter_map(|row| Some(Point { row, phase: phase(row)? })).collect();
             let Some(&first) = points.first() else { continue };

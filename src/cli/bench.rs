@@ -91,7 +91,7 @@ struct Sweep {
     plot: Option<PathBuf>,
 }
 
-/// Measures every op by itself
+/// Measures every op by itself: of a forward pass as an engine runs it, and of the backward pass of Router-Tuning in f32
 #[derive(Args)]
 struct Ops {
     #[command(flatten)]
