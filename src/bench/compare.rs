@@ -178,6 +178,7 @@ fn settings(head: &Head) -> Vec<(&'static str, String)> {
         ("K/V", head.kv_dtype.clone()),
         ("precision", head.precision.clone()),
         ("threads", or_dash(&head.threads)),
+        ("kernels", or_dash(&head.kernels)),
     ]
 }
 

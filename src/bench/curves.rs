@@ -134,7 +134,8 @@ fn title(phase: &str, of: &Point, but: Option<&str>, setting: &str) -> String {
 }
 
 fn setting(head: &Head) -> String {
-    format!("{}, {}, {}, K/V {}", head.model, head.device, head.dtype, head.kv_dtype)
+    let kernels = head.kernels.as_ref().map_or(String::new(), |kernels| format!(", kernels {kernels}"));
+    format!("{}, {}, {}, K/V {}{kernels}", head.model, head.device, head.dtype, head.kv_dtype)
 }
 
 /// Each value once, in the order in which they first come.

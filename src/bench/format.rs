@@ -176,6 +176,7 @@ impl super::Head {
             ("model", format!("{}, {:.1}M parameters", self.model, self.parameters as f64 / 1e6)),
             ("weights", self.dtype.clone()),
             ("K/V", self.kv_dtype.clone()),
+            ("kernels", or_dash(&self.kernels)),
             ("copy", format!("{} GB/s", short(self.copy_rate / 1e9))),
             ("product", format!("{} GFLOP/s", short(self.product_rate / 1e9))),
         ]
@@ -183,7 +184,7 @@ impl super::Head {
 }
 
 impl Lines for Row {
-    const TOGETHER: &[&str] = &["device", "weights", "K/V", "batch", "depth", "test"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "kernels", "batch", "depth", "test"];
 
     fn lines(&self) -> Vec<Cells> {
         let line = |test: &str, phase: &Phase| {
@@ -220,7 +221,7 @@ impl Lines for Row {
 }
 
 impl Lines for OpRow {
-    const TOGETHER: &[&str] = &["device", "weights", "K/V", "rows"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "kernels", "rows"];
 
     fn lines(&self) -> Vec<Cells> {
         let mut cells = self.head.cells();
@@ -257,6 +258,7 @@ mod tests {
             kv_dtype: "f32".into(),
             precision: "f32".into(),
             threads: Some(2),
+            kernels: None,
             copy_rate: 2e10,
             product_rate: 1.5e11,
         }

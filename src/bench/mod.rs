@@ -142,6 +142,14 @@ impl Setting {
                 Precision::Bf16 => "bf16".into(),
             },
             threads: self.threads,
+            kernels: info.weights.map(|_| {
+                match self.kernels {
+                    Kernels::Auto => "auto",
+                    Kernels::Sm80 => "sm80",
+                    Kernels::Hopper => "hopper",
+                }
+                .into()
+            }),
             copy_rate: rates.copy,
             product_rate: rates.product,
         })

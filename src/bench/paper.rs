@@ -115,7 +115,7 @@ impl PaperPlan {
 }
 
 impl Lines for PaperRow {
-    const TOGETHER: &[&str] = &["device", "weights", "K/V"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "kernels"];
 
     fn lines(&self) -> Vec<Cells> {
         let Row { head, batch, depth, prompt, generated, routing, reps, active, prefill, decode, .. } = &self.row;
