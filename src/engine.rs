@@ -98,15 +98,9 @@ impl Options {
 /// What a device can do at best, measured there with products of weights in `dtype`, and what it calls itself.
 /// Errors: as of [`Engine::new`].
 pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
-    let mut backend = backend(options, dtype, &mut None)?;
+    let mut backend = open_backend(options, dtype, &mut None)?;
     let rates = backend.rates(dtype)?;
     Ok((backend.info().clone(), rates))
-}
-
-/// For a model whose matrices are in `dtype`. Errors: Device and Unsupported when what was asked for is not there.
-/// `fallback`: why there is no GPU for Auto.
-pub(crate) fn backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn Backend>> {
-    Ok(open_backend(options, dtype, fallback)?)
 }
 
 /// To train on, in f32 throughout: of the options, what device and how many threads. Errors: as of [`Engine::new`].
@@ -116,7 +110,13 @@ pub fn training_backend(options: &Options) -> Result<Box<dyn TrainingBackend>> {
     open_backend(&f32s, DType::F32, &mut None)
 }
 
-fn open_backend(options: &Options, dtype: DType, fallback: &mut Option<Error>) -> Result<Box<dyn TrainingBackend>> {
+/// For a model whose matrices are in `dtype`. Errors: Device and Unsupported when what was asked for is not there.
+/// `fallback`: why there is no GPU for Auto.
+pub(crate) fn open_backend(
+    options: &Options,
+    dtype: DType,
+    fallback: &mut Option<Error>,
+) -> Result<Box<dyn TrainingBackend>> {
     #[cfg(not(feature = "cuda"))]
     let _ = (dtype, fallback);
     let hopper = options.kernels == Kernels::Hopper;
@@ -230,7 +230,7 @@ impl Engine {
     /// [`Weights::tensor`] refuses.
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
         let mut fallback = None;
-        let mut backend = backend(options, weights.main_dtype(), &mut fallback)?;
+        let mut backend: Box<dyn Backend> = open_backend(options, weights.main_dtype(), &mut fallback)?;
         if let Some(Routing { gates: Gates::Routers(set), .. }) = &routing {
             set.check(&config, &weights.fingerprint())?;
         }
@@ -276,7 +276,7 @@ impl Engine {
         routing: Option<&Routing>,
         options: &Options,
     ) -> Result<MemoryPlan> {
-        plan(config, weights, routing, options, backend(options, weights.main_dtype(), &mut None)?.as_ref())
+        plan(config, weights, routing, options, open_backend(options, weights.main_dtype(), &mut None)?.as_ref())
     }
 
     /// Opens a sequence. Errors: Memory when `batch` sequences are open.

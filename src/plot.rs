@@ -12,18 +12,24 @@ use crate::files;
 
 /// Pixels of a chart, and those of them on the right that its legend takes.
 const SIZE: (u32, u32) = (900, 380);
-const LEGEND: u32 = 170;
+const LEGEND: u32 = 190;
+/// Pixels of a dash and of the gap behind it.
+const DASH: (u32, u32) = (7, 5);
 /// Lines of no more points show each.
 const FEW: usize = 12;
 
-/// Lines over common axes.
-#[derive(Debug, Clone, PartialEq)]
+/// Lines over common axes. Those of the same name have one place in the legend.
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Chart {
     pub title: String,
     /// What the axes are.
     pub x: String,
     pub y: String,
     pub lines: Vec<Line>,
+    /// Every doubling of x takes the same width.
+    pub doublings: bool,
+    /// y begins at 0.
+    pub from_zero: bool,
 }
 
 /// A named course of points; those that are not finite are left out.
@@ -43,6 +49,10 @@ pub enum Pen {
     Base,
     /// One of many, from 0 to 1: from blue to orange.
     Of(f64),
+    /// The same, thicker: one of a few.
+    Few(f64),
+    /// What one of these would be at best: in its colour, dashed.
+    Ideal(f64),
 }
 
 /// Values by number, from 0.
@@ -68,7 +78,13 @@ impl Pen {
             Pen::Main => BLACK.stroke_width(3),
             Pen::Base => RGBColor(130, 130, 130).stroke_width(2),
             Pen::Of(t) => HSLColor(0.62 - 0.55 * t, 0.8, 0.42).stroke_width(1),
+            Pen::Few(t) => Pen::Of(t).style().stroke_width(2),
+            Pen::Ideal(t) => Pen::Of(t).style(),
         }
+    }
+
+    fn dashed(self) -> bool {
+        matches!(self, Pen::Ideal(_))
     }
 }
 
@@ -76,16 +92,33 @@ impl Pen {
 pub fn lines(charts: &[Chart]) -> Result<String> {
     draw(charts.len(), |n, area| {
         let chart = &charts[n];
-        let all = || chart.lines.iter().flat_map(Line::finite);
-        let (x, y) = (range(all().map(|p| p.0), 0.0), range(all().map(|p| p.1), 0.05));
-        let legend: Vec<_> = chart.lines.iter().map(|line| (line.name.as_str(), line.pen.style())).collect();
-        let mut axes = axes(area, [&chart.title, &chart.x, &chart.y], [x, y], &legend)?;
-        for line in &chart.lines {
-            axes.draw_series(LineSeries::new(line.finite(), line.pen.style())).map_err(failed)?;
-            if line.points.len() <= FEW {
-                let style = line.pen.style().filled();
-                axes.draw_series(line.finite().map(|at| Circle::new(at, 4, style))).map_err(failed)?;
+        let points = |line: &Line| {
+            let placed = line.points.iter().map(|&(x, y)| (if chart.doublings { x.log2() } else { x }, y));
+            placed.filter(|(x, y)| x.is_finite() && y.is_finite()).collect::<Vec<_>>()
+        };
+        let all: Vec<(f64, f64)> = chart.lines.iter().flat_map(points).collect();
+        let x = range(all.iter().map(|p| p.0), 0.0);
+        let (least, most) = range(all.iter().map(|p| p.1), 0.05);
+        let y = (if chart.from_zero { 0.0 } else { least }, most);
+        let mut legend: Vec<(&str, Sample)> = Vec::new();
+        for Line { name, pen, .. } in &chart.lines {
+            if legend.iter().all(|(known, _)| known != name) {
+                legend.push((name, Sample { style: pen.style(), dashed: pen.dashed() }));
             }
+        }
+        let mut axes = axes(area, [&chart.title, &chart.x, &chart.y], [x, y], chart.doublings, &legend)?;
+        for line in &chart.lines {
+            let (points, style) = (points(line), line.pen.style());
+            if line.pen.dashed() {
+                let series = DashedLineSeries::new(points, DASH.0, DASH.1, style);
+                axes.draw_series(series).map_err(failed)?;
+                continue;
+            }
+            if points.len() <= FEW {
+                let dots = points.iter().map(|&at| Circle::new(at, 4, style.filled()));
+                axes.draw_series(dots).map_err(failed)?;
+            }
+            axes.draw_series(LineSeries::new(points, style)).map_err(failed)?;
         }
         Ok(())
     })
@@ -96,11 +129,12 @@ pub fn bars(chart: &Bars) -> Result<String> {
     draw(1, |_, area| {
         let styles = [RGBColor(20, 90, 190), RGBColor(190, 190, 190)].map(|colour| colour.filled());
         let names = chart.names.iter().map(String::as_str);
-        let legend: Vec<_> = names.zip(styles.map(|style| style.stroke_width(8))).collect();
+        let legend: Vec<_> =
+            names.zip(styles.map(|style| Sample { style: style.stroke_width(8), dashed: false })).collect();
         let heights = chart.bars.iter().map(|&(value, _)| value.min(chart.top));
         let y = range(heights.chain([0.0]), 0.08);
         let x = (-0.6, chart.bars.len() as f64 - 0.4);
-        let mut axes = axes(area, [&chart.title, &chart.x, &chart.y], [x, y], &legend)?;
+        let mut axes = axes(area, [&chart.title, &chart.x, &chart.y], [x, y], false, &legend)?;
         for (n, &(value, marked)) in chart.bars.iter().enumerate() {
             let (at, height) = (n as f64, value.min(chart.top));
             let corners = [(at - 0.4, height.min(0.0)), (at + 0.4, height.max(0.0))];
@@ -120,12 +154,6 @@ pub fn save(svg: &str, path: &Path) -> Result<()> {
     files::write_atomically(path, |file| file.write_all(svg.as_bytes()))
 }
 
-impl Line {
-    fn finite(&self) -> impl Iterator<Item = (f64, f64)> {
-        self.points.iter().copied().filter(|(x, y)| x.is_finite() && y.is_finite())
-    }
-}
-
 fn draw(charts: usize, each: impl Fn(usize, &Area) -> Result<()>) -> Result<String> {
     let mut svg = String::new();
     {
@@ -140,12 +168,20 @@ fn draw(charts: usize, each: impl Fn(usize, &Area) -> Result<()>) -> Result<Stri
     Ok(svg)
 }
 
-/// Axes with their texts: title, x, y; and the legend beside them.
+/// What stands for a line in a legend.
+#[derive(Clone, Copy)]
+struct Sample {
+    style: ShapeStyle,
+    dashed: bool,
+}
+
+/// Axes with their texts: title, x, y; and the legend beside them. With `doublings` x is a logarithm of base 2.
 fn axes<'a, 'b>(
     area: &'a Area<'b>,
     [title, x, y]: [&str; 3],
     [xs, ys]: [(f64, f64); 2],
-    legend: &[(&str, ShapeStyle)],
+    doublings: bool,
+    legend: &[(&str, Sample)],
 ) -> Result<Axes<'a, 'b>> {
     let mut axes = ChartBuilder::on(area)
         .margin(12)
@@ -162,15 +198,20 @@ fn axes<'a, 'b>(
         .axis_desc_style(("sans-serif", 14))
         .bold_line_style(RGBColor(225, 225, 225))
         .light_line_style(WHITE)
-        .x_label_formatter(&|&value| short(value))
+        .x_label_formatter(&|&value| match doublings {
+            true if value.fract() == 0.0 => short(value.exp2()),
+            true => String::new(),
+            false => short(value),
+        })
         .y_label_formatter(&|&value| short(value))
         .draw()
         .map_err(failed)?;
     let left = (SIZE.0 - LEGEND + 14) as i32;
     let pitch = (330 / legend.len().max(1) as i32).min(18);
-    for (at, (name, style)) in (40..).step_by(pitch as usize).zip(legend) {
-        let sample = PathElement::new([(left, at), (left + 22, at)], *style);
-        area.draw(&sample).map_err(failed)?;
+    for (at, (name, sample)) in (40..).step_by(pitch as usize).zip(legend) {
+        let dash = |from: i32, to: i32| PathElement::new([(left + from, at), (left + to, at)], sample.style);
+        let dashes = if sample.dashed { vec![dash(0, 8), dash(14, 22)] } else { vec![dash(0, 22)] };
+        dashes.iter().try_for_each(|dash| area.draw(dash)).map_err(failed)?;
         let font = ("sans-serif", (pitch - 2).min(13)).into_font();
         area.draw(&Text::new(*name, (left + 28, at - pitch / 3), font)).map_err(failed)?;
     }
@@ -205,8 +246,10 @@ mod tests {
 
     fn chart(points: Vec<(f64, f64)>) -> Chart {
         let line = |name: &str, pen| Line { name: name.into(), points: points.clone(), pen };
-        let lines = vec![line("a < b & \"c\"", Pen::Main), line("base", Pen::Base), line("many", Pen::Of(0.5))];
-        Chart { title: "<script>".into(), x: "x".into(), y: "y".into(), lines }
+        let pens =
+            [("a < b & \"c\"", Pen::Main), ("base", Pen::Base), ("many", Pen::Of(0.5)), ("best", Pen::Ideal(0.5))];
+        let lines = pens.map(|(name, pen)| line(name, pen)).into();
+        Chart { title: "<script>".into(), x: "x".into(), y: "y".into(), lines, ..Chart::default() }
     }
 
     #[test]
@@ -229,10 +272,32 @@ mod tests {
             odd.map(|y| (1.0, y)).to_vec(),
             vec![(0.0, -1e30), (1e-30, 1e30)],
         ];
-        for points in cases {
-            let svg = lines(&[chart(points.clone())]).unwrap();
+        let axes = [(false, false), (true, true)];
+        for (points, (doublings, from_zero)) in cases.iter().flat_map(|points| axes.map(|axes| (points, axes))) {
+            let svg = lines(&[Chart { doublings, from_zero, ..chart(points.clone()) }]).unwrap();
             assert!(svg.ends_with("</svg>\n") && !svg.contains("NaN") && !svg.contains("inf"), "{points:?}: {svg}");
         }
+    }
+
+    /// Each doubling is written, and nothing in between; lines of one name stand once in the legend, dashed where they are.
+    #[test]
+    fn doublings_and_legends() {
+        let chart = Chart { doublings: true, ..chart([512, 1024, 2048, 4096].map(|x| (f64::from(x), 1.0)).to_vec()) };
+        let svg = lines(&[chart]).unwrap();
+        let texts: Vec<&str> = svg.lines().map(str::trim).filter(|line| !line.starts_with('<')).collect();
+        for x in ["512", "1024", "2048", "4096", "best"] {
+            assert_eq!(texts.iter().filter(|text| **text == x).count(), 1, "{x} in {texts:?}");
+        }
+        assert!(!texts.contains(&"724.0773"), "{texts:?}");
+        let twice = lines(&[Chart {
+            lines: [("a", 0.0), ("b", 1.0)]
+                .map(|(_, t)| Line { name: "ideal".into(), points: vec![(0.0, t), (1.0, t)], pen: Pen::Ideal(t) })
+                .into(),
+            ..Chart::default()
+        }])
+        .unwrap();
+        assert_eq!(twice.matches("ideal").count(), 1, "{twice}");
+        assert!(twice.matches("<polyline").count() > 60, "dashes: {twice}");
     }
 
     #[test]

@@ -295,6 +295,53 @@ fn bench_measures_what_was_listed() {
     let ops =
         ok(&["bench", "ops", "--rows", "1", "--reps", "1", "--context", "8", "--device", "cpu", "--format", "jsonl"]);
     assert!(ops.lines().count() > 10 && ops.contains("\"op\":\"attend\""), "{ops}");
+    assert!(ops.contains("\"op\":\"attend_backward\""), "{ops}");
+
+    let plot = dir.path().join("bench.svg");
+    bench(&["2", "--capacity", "1,0", "--plot", plot.to_str().unwrap()]);
+    let svg = std::fs::read_to_string(plot).unwrap();
+    for text in ["speedup over dense", "capacity: active share", "attn_token, all", "ideal", "decode 2 behind 16"] {
+        assert!(svg.contains(text), "no {text:?} in {svg}");
+    }
+}
+
+#[test]
+fn bench_compares_saved_results() {
+    let dir = tempfile::tempdir().unwrap();
+    let [a, b, slow, broken] = ["a.json", "b.jsonl", "slow.json", "broken.json"].map(|name| dir.path().join(name));
+    let [a, b, slow, broken] = [&a, &b, &slow, &broken].map(|path| path.to_str().unwrap());
+    let work = ["bench", "--prompt", "8", "--gen", "2", "--capacity", "0", "--device", "cpu", "--reps"];
+    ok(&[&work[..], &["5", "--format", "json", "-o", a]].concat());
+    ok(&[&work[..], &["2", "--format", "jsonl", "-o", b]].concat());
+    let text = ok(&["bench", "compare", a, b]);
+    assert!(text.contains("too few") && text.contains(" B/A |") && text.contains("decode 2 behind 8"), "{text}");
+
+    // Times that say how they compare, whatever the machine did meanwhile.
+    let mut rows: Value = serde_json::from_slice(&std::fs::read(a).unwrap()).unwrap();
+    let took = |rows: &mut Value, seconds: f64| {
+        let samples: Vec<f64> = (0..5).map(|i| seconds * (1.0 + 0.01 * f64::from(i))).collect();
+        rows[1]["decode"]["samples"] = samples.into();
+    };
+    took(&mut rows, 0.1);
+    std::fs::write(a, rows.to_string()).unwrap();
+    took(&mut rows, 1.0);
+    rows[0]["cpu"] = "another".into();
+    rows[1]["cpu"] = "another".into();
+    std::fs::write(slow, rows.to_string()).unwrap();
+    let output = run(&["bench", "compare", a, slow, "--format", "json", "--fail-slower"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("warning: A and B differ in cpu: "));
+    let compared: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap();
+    let verdicts: Vec<&str> = compared.iter().map(|row| row["verdict"].as_str().unwrap()).collect();
+    assert_eq!(verdicts, ["same", "same", "same", "slower"]);
+    assert!(ok(&["bench", "compare", a, slow, "--format", "csv"]).starts_with("test,routing,keys,capacity"));
+    assert!(run(&["bench", "compare", slow, a, "--fail-slower"]).status.success(), "faster");
+    assert!(ok(&["bench", "compare", a, slow, "--least", "20"]).contains("change: same"));
+
+    std::fs::write(broken, &std::fs::read(a).unwrap()[..200]).unwrap();
+    fails(&["bench", "compare", a, broken], &["broken.json", "EOF while parsing"]);
+    fails(&["bench", "compare", "/no/such/file", a], &["/no/such/file"]);
+    fails(&["bench", "compare", a, b, "--least", "-1"], &["--least is -1"]);
 }
 
 #[test]

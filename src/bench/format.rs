@@ -37,7 +37,7 @@ impl FromStr for Format {
 }
 
 /// A line of a table: columns and what stands in them.
-type Cells = Vec<(&'static str, String)>;
+pub(super) type Cells = Vec<(&'static str, String)>;
 
 /// What has lines in a table.
 pub trait Lines: Serialize {
@@ -153,7 +153,7 @@ fn percent(share: f64) -> String {
 }
 
 /// Three digits that count: 9.87, 98.7, 987, 9870.
-fn short(x: f64) -> String {
+pub(super) fn short(x: f64) -> String {
     match x {
         _ if x >= 100.0 => format!("{x:.0}"),
         _ if x >= 10.0 => format!("{x:.1}"),
@@ -161,12 +161,12 @@ fn short(x: f64) -> String {
     }
 }
 
-fn or_dash<T: ToString>(value: &Option<T>) -> String {
+pub(super) fn or_dash<T: ToString>(value: &Option<T>) -> String {
     value.as_ref().map_or("-".into(), T::to_string)
 }
 
 impl super::Head {
-    fn cells(&self) -> Cells {
+    pub(super) fn cells(&self) -> Cells {
         let sources = self.commit.as_ref().map_or(String::new(), |commit| format!(" ({commit})"));
         vec![
             ("mindskip", format!("{}{sources}", self.version)),
@@ -176,6 +176,7 @@ impl super::Head {
             ("model", format!("{}, {:.1}M parameters", self.model, self.parameters as f64 / 1e6)),
             ("weights", self.dtype.clone()),
             ("K/V", self.kv_dtype.clone()),
+            ("kernels", or_dash(&self.kernels)),
             ("copy", format!("{} GB/s", short(self.copy_rate / 1e9))),
             ("product", format!("{} GFLOP/s", short(self.product_rate / 1e9))),
         ]
@@ -183,7 +184,7 @@ impl super::Head {
 }
 
 impl Lines for Row {
-    const TOGETHER: &[&str] = &["device", "weights", "K/V", "batch", "depth", "test"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "kernels", "batch", "depth", "test"];
 
     fn lines(&self) -> Vec<Cells> {
         let line = |test: &str, phase: &Phase| {
@@ -220,7 +221,7 @@ impl Lines for Row {
 }
 
 impl Lines for OpRow {
-    const TOGETHER: &[&str] = &["device", "weights", "K/V", "rows"];
+    const TOGETHER: &[&str] = &["device", "weights", "K/V", "kernels", "rows"];
 
     fn lines(&self) -> Vec<Cells> {
         let mut cells = self.head.cells();
@@ -257,6 +258,7 @@ mod tests {
             kv_dtype: "f32".into(),
             precision: "f32".into(),
             threads: Some(2),
+            kernels: None,
             copy_rate: 2e10,
             product_rate: 1.5e11,
         }

@@ -4,17 +4,23 @@
 //! take turns: round by round, in another order each time, so that what slows the machine down falls on all of them. Each step
 //! chooses the best next token, as a greedy generation does; what goes in are random token ids, the same for all ways.
 
+mod compare;
+mod curves;
 mod format;
 mod ideal;
 mod ops;
+mod paper;
 mod record;
 mod run;
 mod shapes;
 pub mod stats;
 
+pub use compare::{Compared, Comparison, Saved, Verdict, What, compare};
+pub use curves::charts;
 pub use format::{Format, Lines, save, write};
 pub use ideal::{Ideal, Text, ideal};
-pub use ops::{OpsPlan, measure_ops};
+pub use ops::{OpBench, OpsPlan, measure_ops};
+pub use paper::{PaperPlan, PaperRow, measure_paper};
 pub use record::{Head, OpRow, Phase, Row};
 pub use run::{Progress, measure};
 pub use shapes::{SHAPES, shape};
@@ -136,6 +142,14 @@ impl Setting {
                 Precision::Bf16 => "bf16".into(),
             },
             threads: self.threads,
+            kernels: info.weights.map(|_| {
+                match self.kernels {
+                    Kernels::Auto => "auto",
+                    Kernels::Sm80 => "sm80",
+                    Kernels::Hopper => "hopper",
+                }
+                .into()
+            }),
             copy_rate: rates.copy,
             product_rate: rates.product,
         })

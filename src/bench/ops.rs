@@ -1,7 +1,11 @@
 //! Every op by itself, at the sizes of a model.
 
+mod backward;
+
 use std::ops::ControlFlow;
 use std::time::Instant;
+
+use backward::GradientBuffers;
 
 use super::record::OpRow;
 use super::run::Progress;
@@ -9,9 +13,9 @@ use super::stats::Stats;
 use super::{Head, Setting, Subject};
 use crate::backend::*;
 use crate::config::Config;
-use crate::engine;
+use crate::engine::{self, Precision};
 use crate::error::{Error, Kind, Result};
-use crate::memory::{Buffers, Limits, MemoryPlan, Routed};
+use crate::memory::{Buffers, Limits, MemoryPlan, Placer, Routed, too_large};
 use crate::tensor::{DType, Tensor};
 use crate::weights::Weights;
 
@@ -46,37 +50,139 @@ pub fn measure_ops(
     progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
     each: &mut dyn FnMut(Vec<OpRow>),
 ) -> Result<()> {
-    let most = plan.rows.iter().copied().max().unwrap_or(0).max(plan.context);
-    if plan.rows.is_empty() || plan.rows.contains(&0) || plan.reps == 0 {
-        return Err(Error::new(Kind::Argument, "--rows or --reps names nothing to measure").action("give 1 or more"));
-    }
-    if most > plan.subject.config.context {
-        let cause = format!("{most} tokens are more than the {} of {}", plan.subject.config.context, plan.subject.name);
-        return Err(Error::new(Kind::Argument, cause).action("lower --rows or --context"));
-    }
-    let weights = plan.subject.weights(plan.setting.dtype);
-    let head = plan.setting.head(&plan.subject, &weights)?;
-    let all = plan.rows.len() * OpKind::ALL.len();
-    for (i, &rows) in plan.rows.iter().enumerate() {
-        let mut bench = OpBench::new(plan, rows, &weights)?;
+    plan.check()?;
+    let head = plan.setting.head(&plan.subject, &plan.subject.weights(plan.setting.dtype))?;
+    let mut training = None;
+    let (count, mut done) = (AnyKind::all().count(), 0);
+    for &rows in &plan.rows {
+        let mut bench = OpBench::new(plan, rows)?;
+        if training.is_none() {
+            training = Some(bench.training.head(&plan.subject, &bench.training_weights)?);
+        }
         let mut measured = Vec::new();
-        for (j, &kind) in OpKind::ALL.iter().enumerate() {
+        for kind in AnyKind::all() {
             let now = format!("{} of {rows} rows", kind.name());
-            if progress(&Progress { done: i * OpKind::ALL.len() + j, all, now }).is_break() {
+            if progress(&Progress { done, all: plan.rows.len() * count, now }).is_break() {
                 return Err(Error::new(Kind::Interrupted, "interrupted while measuring"));
             }
-            measured.push(bench.row(&head, kind, plan.reps)?);
+            let head = match kind {
+                AnyKind::Forward(_) => &head,
+                AnyKind::Backward(_) => training.as_ref().expect("just measured"),
+            };
+            measured.push(bench.row(head, kind, plan.reps)?);
+            done += 1;
         }
         each(measured);
     }
     Ok(())
 }
 
+impl OpsPlan {
+    /// Errors: Argument for sizes that make no sense.
+    fn check(&self) -> Result<()> {
+        let most = self.rows.iter().copied().max().unwrap_or(0).max(self.context);
+        if self.rows.is_empty() || self.rows.contains(&0) || self.reps == 0 {
+            return Err(
+                Error::new(Kind::Argument, "--rows or --reps names nothing to measure").action("give 1 or more")
+            );
+        }
+        let Subject { name, config, .. } = &self.subject;
+        if most > config.context {
+            let cause = format!("{most} tokens are more than the {} of {name}", config.context);
+            return Err(Error::new(Kind::Argument, cause).action("lower --rows or --context"));
+        }
+        Ok(())
+    }
+}
+
+/// Every op over one number of rows: those of [`Ops`] as an engine runs them, those of [`Gradients`] as training does, in f32
+/// and over one sequence of these rows.
+pub struct OpBench {
+    forward: Bench,
+    backward: Bench,
+    training: Setting,
+    training_weights: Weights,
+}
+
+impl OpBench {
+    /// Errors: Argument for sizes that make no sense; what the backend refuses.
+    pub fn new(plan: &OpsPlan, rows: usize) -> Result<OpBench> {
+        plan.check()?;
+        let OpsPlan { subject, setting, .. } = plan;
+        let weights = subject.weights(setting.dtype);
+        let mut forward = Bench::new(plan, setting, rows, plan.context.max(rows), &weights, false)?;
+        forward.fill()?;
+        // A CPU reads weights as they are stored, in training, too.
+        let held = forward.backend.info().weights;
+        let dtype = if held.is_some() { Some(DType::F32) } else { setting.dtype };
+        let training = Setting { dtype, kv_dtype: Some(DType::F32), precision: Precision::F32, ..setting.clone() };
+        let training_weights = subject.weights(dtype);
+        let mut backward = Bench::new(plan, &training, rows, rows, &training_weights, true)?;
+        backward.fill_gradients()?;
+        Ok(OpBench { forward, backward, training, training_weights })
+    }
+
+    /// Gets ready to measure an op, on one layer after the other: what it takes.
+    pub fn prepare(&mut self, kind: AnyKind) -> Result<Cost> {
+        let bench = self.of(kind);
+        for layer in 0..bench.layers.len() {
+            bench.stand_at(layer, bench.context - bench.rows)?;
+        }
+        *bench.backend.meter() = Meter::default();
+        bench.run(&[bench.any(kind, 0)], 1, None)?;
+        Ok(bench.backend.meter().count_mut(kind).cost)
+    }
+
+    /// Seconds that so many calls take. Where steps are recorded, the launches of one do not wait for the host.
+    pub fn seconds(&mut self, kind: AnyKind, calls: usize) -> Result<f64> {
+        let bench = self.of(kind);
+        bench.backend.forget()?;
+        bench.recorded += 1;
+        bench.again(kind, calls)?;
+        bench.again(kind, calls)?;
+        bench.again(kind, calls)
+    }
+
+    fn of(&mut self, kind: AnyKind) -> &mut Bench {
+        match kind {
+            AnyKind::Forward(_) => &mut self.forward,
+            AnyKind::Backward(_) => &mut self.backward,
+        }
+    }
+
+    fn row(&mut self, head: &Head, kind: AnyKind, reps: usize) -> Result<OpRow> {
+        let cost = self.prepare(kind)?;
+        let mut calls = 1;
+        while self.seconds(kind, calls)? < SHORTEST && calls < MOST_CALLS {
+            calls *= 2;
+        }
+        let bench = self.of(kind);
+        let each = |seconds: f64| seconds / calls as f64;
+        let samples = (0..reps).map(|_| bench.again(kind, calls).map(each)).collect::<Result<Vec<f64>>>()?;
+        let Stats { median, spread } = Stats::of(&samples);
+        Ok(OpRow {
+            head: head.clone(),
+            op: kind.name().into(),
+            rows: bench.rows,
+            context: bench.context,
+            us: 1e6 * median,
+            spread,
+            flops: cost.flops,
+            bytes: cost.bytes,
+            bytes_per_s: cost.bytes as f64 / median,
+            flops_per_s: cost.flops as f64 / median,
+            of_ideal: head.rates().seconds(cost) / median,
+            samples,
+        })
+    }
+}
+
 /// A few layers of a model on a backend, and a step of some rows.
-struct OpBench {
-    backend: Box<dyn Backend>,
+struct Bench {
+    backend: Box<dyn TrainingBackend>,
     config: Config,
     buffers: Buffers,
+    gradients: GradientBuffers,
     layers: Vec<Layer>,
     /// `[vocab, hidden]`
     embed: Weight,
@@ -99,17 +205,27 @@ struct Layer {
     down: Weight,
 }
 
-impl OpBench {
-    fn new(plan: &OpsPlan, rows: usize, weights: &Weights) -> Result<Self> {
-        let mut backend = engine::backend(&plan.setting.options(), weights.main_dtype(), &mut None)?;
+impl Bench {
+    fn new(
+        plan: &OpsPlan,
+        setting: &Setting,
+        rows: usize,
+        context: usize,
+        weights: &Weights,
+        training: bool,
+    ) -> Result<Self> {
+        let mut backend = if training {
+            engine::training_backend(&setting.options())?
+        } else {
+            engine::open_backend(&setting.options(), weights.main_dtype(), &mut None)?
+        };
         let be = backend.as_mut();
         let mut config = plan.subject.config.clone();
         let (q, kv, hidden, inter) = (config.q_rows(), config.kv_rows(), config.hidden, config.intermediate);
         let size = be.info().weights.unwrap_or(weights.main_dtype()).size();
         let layer_bytes = size * hidden * (q + 2 * kv + 3 * inter);
         config.layers = TURNS.div_ceil(layer_bytes).clamp(1, config.layers);
-        let context = plan.context.max(rows);
-        let limits = Limits { context, batch: 1, rows, chunk: rows, memory: plan.setting.memory };
+        let limits = Limits { context, batch: 1, rows, chunk: rows, memory: setting.memory };
         let bytes = (config.layers * layer_bytes + 2 * size * config.vocab * hidden) as u64;
         let placed = MemoryPlan::new(&config, Routed { layers: 1, sparse_kv: 0 }, bytes, limits, be)?;
 
@@ -139,17 +255,35 @@ impl OpBench {
         }
         let inv_freq = be.upload(&Tensor::from_f32(&config.rope.inv_freq(config.head_dim)))?;
         let router = be.random(DType::F32, 1, hidden, Noise { seed: 1, mean: 0.0, scale: 1.0 / hidden as f32 })?;
-        be.reserve(placed.arena as usize, placed.ints as usize / 4, placed.workspace as usize, &placed.kv)?;
+        let mut at = Placer { bytes: placed.arena as usize, ints: placed.ints as usize / 4 };
+        let (mut workspace, mut gradients) = (placed.workspace as usize, GradientBuffers::NONE);
+        if training {
+            gradients = GradientBuffers::place(&config, rows, placed.buffers.logits, &mut at).ok_or_else(too_large)?;
+            let Config { hidden, intermediate, heads, vocab, .. } = config;
+            let largest = Largest { rows, chunk: rows, hidden, intermediate, heads, vocab };
+            workspace = workspace.max(be.training_workspace(&largest, &placed.kv)?);
+        }
+        be.reserve(at.bytes, at.ints, workspace, &placed.kv)?;
         for l in 0..config.layers {
             let pages: Vec<u32> =
                 (0..placed.kv.pages_per_seq).map(|i| (l * placed.kv.pages_per_seq + i) as u32).collect();
             be.kv_pages(l, 0, 0, &pages)?;
         }
         let buffers = placed.buffers;
-        let mut bench =
-            OpBench { backend, config, buffers, layers, embed, head, inv_freq, router, rows, context, recorded: 0 };
-        bench.fill()?;
-        Ok(bench)
+        Ok(Bench {
+            backend,
+            config,
+            buffers,
+            gradients,
+            layers,
+            embed,
+            head,
+            inv_freq,
+            router,
+            rows,
+            context,
+            recorded: 0,
+        })
     }
 
     /// Writes K/V rows up to the step's, so that all numbers that ops read are some of a model's.
@@ -163,7 +297,7 @@ impl OpBench {
         Ok(())
     }
 
-    /// A layer's K/V hold `from` rows, and the ops up to attention have run for the step behind them.
+    /// A layer's K/V hold `from` rows, and the ops up to attention, in training with it, have run for the step behind them.
     fn stand_at(&mut self, layer: usize, from: usize) -> Result<()> {
         let (b, rows) = (self.buffers, self.rows);
         let vocab = self.config.vocab as u64;
@@ -183,66 +317,49 @@ impl OpBench {
         let window = self.config.windows[layer];
         let dense = Op::Route(Route { decide: Decide::All, queries: Take::All, window, ..self.route(layer) });
         let chain = [OpKind::Embed, OpKind::RopeAngles, OpKind::NormGate].map(|kind| self.op(kind, layer));
-        let rest = [OpKind::Qkv, OpKind::RopeAppend].map(|kind| self.op(kind, layer));
+        let mut rest = [OpKind::Qkv, OpKind::RopeAppend].map(|kind| self.op(kind, layer)).to_vec();
+        if self.training() {
+            rest.push(self.op(OpKind::Attend, layer));
+        }
         let mut all = chain.iter().chain([&dense]).chain(&rest);
         self.backend.step(None, &mut |be| all.try_for_each(|op| op.run(be)))
     }
 
-    /// Measures an op, on one layer after the other.
-    fn row(&mut self, head: &Head, kind: OpKind, reps: usize) -> Result<OpRow> {
-        for layer in 0..self.layers.len() {
-            self.stand_at(layer, self.context - self.rows)?;
-        }
-        let op = self.op(kind, 0);
-        *self.backend.meter() = Meter::default();
-        self.backend.step(None, &mut |be| op.run(be))?;
-        let cost = self.backend.meter().ops[kind as usize].cost;
-
-        let mut calls = 1;
-        while self.sample(kind, calls)? * (calls as f64) < SHORTEST && calls < MOST_CALLS {
-            calls *= 2;
-        }
-        let samples = (0..reps).map(|_| self.again(kind, calls)).collect::<Result<Vec<f64>>>()?;
-        let Stats { median, spread } = Stats::of(&samples);
-        Ok(OpRow {
-            head: head.clone(),
-            op: kind.name().into(),
-            rows: self.rows,
-            context: self.context,
-            us: 1e6 * median,
-            spread,
-            flops: cost.flops,
-            bytes: cost.bytes,
-            bytes_per_s: cost.bytes as f64 / median,
-            flops_per_s: cost.flops as f64 / median,
-            of_ideal: head.rates().seconds(cost) / median,
-            samples,
-        })
-    }
-
-    /// Seconds of a call in a new step of so many. Where steps are recorded, the launches of one do not wait for the host.
-    fn sample(&mut self, kind: OpKind, calls: usize) -> Result<f64> {
-        self.backend.forget()?;
-        self.recorded += 1;
-        self.again(kind, calls)?;
-        self.again(kind, calls)?;
-        self.again(kind, calls)
-    }
-
-    /// Seconds of a call in the same step as before.
-    fn again(&mut self, kind: OpKind, calls: usize) -> Result<f64> {
-        let ops: Vec<Op> = (0..self.layers.len()).map(|layer| self.op(kind, layer)).collect();
+    /// Seconds of so many calls, in the same step as before.
+    fn again(&mut self, kind: AnyKind, calls: usize) -> Result<f64> {
+        let ops: Vec<AnyOp> = (0..self.layers.len()).map(|layer| self.any(kind, layer)).collect();
         for layer in 0..self.layers.len() {
             // Where routing is what is measured, each call has appended rows.
-            self.backend.kv_len(layer, 0, self.context - if kind == OpKind::Route { self.rows } else { 0 })?;
+            let routes = kind == AnyKind::Forward(OpKind::Route);
+            self.backend.kv_len(layer, 0, self.context - if routes { self.rows } else { 0 })?;
         }
         let mut wait = [0];
         self.backend.read_ints(self.buffers.cuts, &mut wait)?;
         let start = Instant::now();
-        let key = StepKey { rows: self.recorded, next: Next::Logits };
-        self.backend.step(Some(key), &mut |be| (0..calls).try_for_each(|i| ops[i % ops.len()].run(be)))?;
+        self.run(&ops, calls, Some(StepKey { rows: self.recorded, next: Next::Logits }))?;
         self.backend.read_ints(self.buffers.cuts, &mut wait)?;
-        Ok(start.elapsed().as_secs_f64() / calls as f64)
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// Calls ops in turns, all forward or all backward.
+    fn run(&mut self, ops: &[AnyOp], calls: usize, key: Option<StepKey>) -> Result<()> {
+        let mut calls = ops.iter().cycle().take(calls);
+        if let AnyOp::Backward(_) = ops[0] {
+            return self.backend.train(&mut |be| calls.try_for_each(|op| op.run(be)));
+        }
+        self.backend.step(key, &mut |be| {
+            calls.try_for_each(|op| match op {
+                AnyOp::Forward(op) => op.run(be),
+                AnyOp::Backward(_) => unreachable!("they are of one kind"),
+            })
+        })
+    }
+
+    fn any(&self, kind: AnyKind, layer: usize) -> AnyOp {
+        match kind {
+            AnyKind::Forward(kind) => self.op(kind, layer).into(),
+            AnyKind::Backward(kind) => self.gradient(kind, layer).into(),
+        }
     }
 
     fn all(&self) -> RowSet {

@@ -25,6 +25,9 @@ pub struct Head {
     /// What bf16 weights are multiplied with on a CPU.
     pub precision: String,
     pub threads: Option<usize>,
+    /// Which were asked for, on a GPU.
+    #[serde(default)]
+    pub kernels: Option<String>,
     /// What the device does at best, see [`Rates`]: bytes and FLOPs a second.
     pub copy_rate: f64,
     pub product_rate: f64,

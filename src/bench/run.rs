@@ -83,6 +83,38 @@ pub fn measure(
     Ok(())
 }
 
+impl Plan {
+    /// Errors: Memory when an engine of the sweep would not fit; those of [`Engine::plan_for`].
+    pub(super) fn fits(&self) -> Result<()> {
+        let points = self.points();
+        self.settings.iter().flat_map(|setting| points.iter().map(move |point| (setting, point))).try_for_each(
+            |(setting, point)| {
+                let (config, weights) = (&self.subject.config, self.subject.weights(setting.dtype));
+                Engine::plan_for(config, &weights, self.room().as_ref(), &options(point, setting)).map(drop)
+            },
+        )
+    }
+
+    /// Room for all ways: the most routed layers, and K/V for every row.
+    fn room(&self) -> Option<Routing> {
+        let most = self.ways.iter().filter_map(|way| way.routing.as_ref()).max_by_key(|r| r.layers.len());
+        most.map(|routing| Routing {
+            settings: RouterSettings { keys: Keys::All, ..RouterSettings::default() },
+            layers: routing.layers.clone(),
+            gates: Gates::Random { capacity: 1.0, seed: 0 },
+        })
+    }
+}
+
+fn options(point: &Point, setting: &Setting) -> Options {
+    Options {
+        context: Some(context(point)),
+        batch: point.batch,
+        rows: Some(point.batch * point.prompt.max(point.depth.min(FILL)).max(1)),
+        ..setting.options()
+    }
+}
+
 /// An engine for one point of a sweep.
 struct Bench<'a> {
     plan: &'a Plan,
@@ -104,20 +136,8 @@ struct Taken {
 
 impl<'a> Bench<'a> {
     fn new(plan: &'a Plan, point: Point, setting: &Setting, weights: &Weights) -> Result<Self> {
-        let options = Options {
-            context: Some(context(&point)),
-            batch: point.batch,
-            rows: Some(point.batch * point.prompt.max(point.depth.min(FILL)).max(1)),
-            ..setting.options()
-        };
-        // Room for all ways: the most routed layers, and K/V for every row.
-        let most = plan.ways.iter().filter_map(|way| way.routing.as_ref()).max_by_key(|r| r.layers.len());
-        let room = most.map(|routing| Routing {
-            settings: RouterSettings { keys: Keys::All, ..RouterSettings::default() },
-            layers: routing.layers.clone(),
-            gates: Gates::Random { capacity: 1.0, seed: 0 },
-        });
-        let engine = Engine::new(plan.subject.config.clone(), weights.clone(), room, &options)?;
+        let options = options(&point, setting);
+        let engine = Engine::new(plan.subject.config.clone(), weights.clone(), plan.room(), &options)?;
         let on_cpu = engine.device().weights.is_none();
         let evict = if on_cpu { vec![1; EVICT / 8] } else { Vec::new() };
         Ok(Bench { plan, point, engine, evict })

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mindskip::bench::{
-    Format, Lines, OpsPlan, Plan, Progress, Setting, Subject, Way, measure, measure_ops, save, write,
+    Compared, Format, Lines, OpsPlan, PaperPlan, Plan, Progress, Saved, Setting, Subject, Verdict, Way, charts,
+    compare, measure, measure_ops, measure_paper, save, write,
 };
 use mindskip::bundle::{Bundle, EMBEDDED};
 use mindskip::config::Config;
@@ -17,11 +18,11 @@ use mindskip::memory::{Budget, parse_budget};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{Granularity, Keys, LayerSpec, Level, RouterSet, RouterSettings, Target};
 use mindskip::tensor::DType;
-use mindskip::{Kind, Result};
+use mindskip::{Kind, Result, plot};
 
 use super::args::{device, dtype, granularity, kernels, keys, layers};
 use super::progress::{catch_interrupts, interrupted};
-use super::{Outcome, Ran, bad};
+use super::{Failure, Outcome, Ran, bad};
 
 /// Measures what skipping buys: dense and routed runs in turns, beside what the machine could do at best
 ///
@@ -39,6 +40,8 @@ pub struct Bench {
 #[derive(Subcommand)]
 enum What {
     Ops(Ops),
+    Compare(Compare),
+    Paper(Paper),
 }
 
 #[derive(Args)]
@@ -82,9 +85,13 @@ struct Sweep {
     /// Of token ids and masks.
     #[arg(long, default_value_t = 0, help_heading = "Work")]
     seed: u64,
+    /// Charts as SVG, with the ideal dashed: speedup over capacity, and time per token over each of --depth, --prompt and --batch
+    /// that lists several values. In a chart the other lists keep their first value.
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    plot: Option<PathBuf>,
 }
 
-/// Measures every op by itself
+/// Measures every op by itself: of a forward pass as an engine runs it, and of the backward pass of Router-Tuning in f32
 #[derive(Args)]
 struct Ops {
     #[command(flatten)]
@@ -100,6 +107,64 @@ struct Ops {
     reps: usize,
 }
 
+/// Compares two saved results, JSON or JSON lines of a sweep, of ops or of the paper's table
+///
+/// Tests are found by what was measured: test, routing, keys, capacity, batch, depth, and every setting (device, dtype, threads …)
+/// of which a result has several. Other settings that differ are told. A test is "slower" or "faster" when two things hold: the
+/// rank test of Mann and Whitney over the times of all repetitions, two-sided, gives less than 1% to chance, for which it takes
+/// five repetitions on both sides, and the medians differ by --least.
+#[derive(Args)]
+struct Compare {
+    /// The result to compare with.
+    a: PathBuf,
+    /// The new one.
+    b: PathBuf,
+    /// The least change of a median that counts, as a share.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.03, allow_negative_numbers = true)]
+    least: f64,
+    /// Exit code 1 when something got slower.
+    #[arg(long)]
+    fail_slower: bool,
+    #[command(flatten)]
+    out: Out,
+}
+
+/// Measures the paper's speed column: Llama-3-8B's shape, 16 layers routed, capacity 0.5, all six granularities
+///
+/// Beside ours stand the ideal and the figure of the paper (He et al., arXiv 2410.13184v1, Table 1), which names what is skipped
+/// and no lengths. Where the memory does not suffice all widths are divided by 2, 4 or 8, which the output says.
+#[derive(Args)]
+struct Paper {
+    #[command(flatten)]
+    machine: Machine,
+    /// Divides all widths by 1, 2, 4 or 8; by as little as the memory allows when nothing is given.
+    #[arg(long, value_name = "N")]
+    scale: Option<usize>,
+    /// Tokens that are read in one prefill; 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    prompt: usize,
+    /// Tokens that are decoded; 0 for none.
+    #[arg(long = "gen", value_name = "N", default_value_t = 64)]
+    generated: usize,
+    /// Tokens that are in the cache before.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    depth: usize,
+    /// Sequences at a time.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    batch: usize,
+    /// Rounds that are not counted.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    warmup: usize,
+    /// Rounds that are.
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    reps: usize,
+    /// Of token ids and masks.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    #[command(flatten)]
+    out: Out,
+}
+
 /// What to measure, where, and how to write it.
 #[derive(Args)]
 struct On {
@@ -110,6 +175,15 @@ struct On {
     /// qwen2.5-1.5b, smollm2-135m, llama-3.2-1b.
     #[arg(long, value_name = "NAME", value_parser = shape, conflicts_with = "model")]
     shape: Option<Shape>,
+    #[command(flatten)]
+    machine: Machine,
+    #[command(flatten)]
+    out: Out,
+}
+
+/// Where to measure.
+#[derive(Args)]
+struct Machine {
     /// Where to run: cpu, cuda, cuda:N, or auto, which is the first GPU if there is one.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", value_parser = device,
         help_heading = "Machine")]
@@ -133,6 +207,11 @@ struct On {
     /// What weights, activations and K/V may take together on the device, such as 8G or 90%.
     #[arg(long, value_name = "SIZE", value_parser = parse_budget, help_heading = "Machine")]
     memory: Option<Budget>,
+}
+
+/// How to write what was measured.
+#[derive(Args)]
+struct Out {
     /// md, csv, json, or jsonl with a line for each row as it is measured.
     #[arg(long, default_value = "md", value_parser = format, help_heading = "Output")]
     format: Format,
@@ -172,7 +251,9 @@ impl On {
         let routers = bundle.routers.clone();
         Ok((Subject::model(bundle), routers))
     }
+}
 
+impl Machine {
     /// Every combination.
     fn settings(&self) -> Vec<Setting> {
         let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
@@ -195,12 +276,14 @@ impl On {
         }
         settings
     }
+}
 
+impl Out {
     /// Runs a measurement that hands rows over as they come, and writes them. What was measured before ^C is written too.
     fn write<R: Lines>(
         &self,
         run: impl FnOnce(&mut dyn FnMut(&Progress) -> ControlFlow<()>, &mut dyn FnMut(Vec<R>)) -> Result<()>,
-    ) -> Ran {
+    ) -> std::result::Result<(Vec<R>, Outcome), Failure> {
         let _noted = catch_interrupts();
         let at_once = self.format == Format::Jsonl && self.output.is_none();
         let (mut rows, mut written) = (Vec::new(), Ok(()));
@@ -217,16 +300,19 @@ impl On {
             Err(e) if e.kind() == Kind::Interrupted => Outcome::Interrupted,
             result => result.map(|()| Outcome::Done)?,
         };
-        match &self.output {
-            _ if at_once => {}
-            Some(path) => save(self.format, &rows, path)?,
-            None => {
-                let mut out = io::stdout().lock();
-                write(self.format, &rows, &mut out)?;
-                out.flush()?;
-            }
+        if !at_once {
+            self.put(&rows)?;
         }
-        Ok(outcome)
+        Ok((rows, outcome))
+    }
+
+    fn put<R: Lines>(&self, rows: &[R]) -> std::result::Result<(), Failure> {
+        if let Some(path) = &self.output {
+            return Ok(save(self.format, rows, path)?);
+        }
+        let mut out = io::stdout().lock();
+        write(self.format, rows, &mut out)?;
+        Ok(out.flush()?)
     }
 }
 
@@ -240,6 +326,8 @@ impl Bench {
     pub fn run(self) -> Ran {
         match self.what {
             Some(What::Ops(ops)) => ops.run(),
+            Some(What::Compare(compare)) => compare.run(),
+            Some(What::Paper(paper)) => paper.run(),
             None => self.sweep.run(),
         }
     }
@@ -250,7 +338,7 @@ impl Ops {
         let Ops { on, rows, context, reps } = self;
         let (subject, _) = on.subject()?;
         let context = context.min(subject.config.context);
-        let plans = on.settings().into_iter().map(|setting| OpsPlan {
+        let plans = on.machine.settings().into_iter().map(|setting| OpsPlan {
             subject: subject.clone(),
             setting,
             rows: rows.clone(),
@@ -258,7 +346,37 @@ impl Ops {
             reps,
         });
         let plans: Vec<_> = plans.collect();
-        on.write(|progress, each| plans.iter().try_for_each(|plan| measure_ops(plan, progress, each)))
+        on.out
+            .write(|progress, each| plans.iter().try_for_each(|plan| measure_ops(plan, progress, each)))
+            .map(|(_, outcome)| outcome)
+    }
+}
+
+impl Compare {
+    fn run(self) -> Ran {
+        let Compare { a, b, least, fail_slower, out } = self;
+        if !least.is_finite() || least < 0.0 {
+            return Ok(bad(format!("--least is {least}"), "give a share such as 0.03")?);
+        }
+        let Compared { rows, differences } = compare(&Saved::open(&a)?, &Saved::open(&b)?, least);
+        for difference in differences {
+            eprintln!("mindskip: warning: A and B differ in {difference}");
+        }
+        if rows.iter().all(|row| row.ratio.is_none()) {
+            eprintln!("mindskip: warning: nothing was measured in both");
+        }
+        out.put(&rows)?;
+        let slower = rows.iter().any(|row| row.verdict == Verdict::Slower);
+        Ok(if fail_slower && slower { Outcome::Failed } else { Outcome::Done })
+    }
+}
+
+impl Paper {
+    fn run(self) -> Ran {
+        let Paper { machine, scale, prompt, generated, depth, batch, warmup, reps, seed, out } = self;
+        let settings = machine.settings();
+        let plan = PaperPlan { settings, scale, batch, depth, prompt, generated, warmup, reps, seed };
+        out.write(|progress, each| measure_paper(&plan, progress, each)).map(|(_, outcome)| outcome)
     }
 }
 
@@ -275,7 +393,7 @@ impl Sweep {
         ways.extend(self.ways(&subject.config, routers)?);
         let plan = Plan {
             subject,
-            settings: self.on.settings(),
+            settings: self.on.machine.settings(),
             batches: self.batch,
             depths: self.depth,
             prompts: self.prompt,
@@ -286,7 +404,12 @@ impl Sweep {
             seed: self.seed,
         };
         plan.check()?;
-        self.on.write(|progress, each| measure(&plan, progress, each))
+        let (rows, outcome) = self.on.out.write(|progress, each| measure(&plan, progress, each))?;
+        match &self.plot {
+            Some(path) if !rows.is_empty() => plot::save(&plot::lines(&charts(&rows))?, path)?,
+            _ => {}
+        }
+        Ok(outcome)
     }
 
     /// The routed ways: every combination of granularity, keys and capacity that differs from the others.

@@ -44,6 +44,8 @@ enum Outcome {
     Done,
     /// By ^C; what was made until then was shown.
     Interrupted,
+    /// What was asked for does not hold, which was shown.
+    Failed,
 }
 
 pub fn main() -> ExitCode {
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Interrupted) => ExitCode::from(130),
+        Ok(Outcome::Failed) => ExitCode::FAILURE,
         // Whoever reads the output has seen enough: `mindskip … | head`.
         Err(Failure::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(Failure::Output(e)) => fail(&format!("the output cannot be written: {e}; check where it goes")),

@@ -65,7 +65,8 @@ pub fn charts(title: &str, layers: &[usize], steps: &[StepReport]) -> [Chart; 2]
         line(format!("layer {layer}"), pen, &|step| step.capacities.get(nth).copied())
     });
     let all = line("all".into(), Pen::Main, &|step| Some(step.capacity));
-    let chart = |title: String, y: &str, lines| Chart { title, x: "step".into(), y: y.into(), lines };
+    let chart =
+        |title: String, y: &str, lines| Chart { title, x: "step".into(), y: y.into(), lines, ..Chart::default() };
     [
         chart(title.into(), "loss", vec![line("loss".into(), Pen::Main, &|step| Some(step.loss))]),
         chart("active (token, layer) pairs".into(), "capacity", each.chain([all]).collect()),

@@ -159,7 +159,13 @@ impl Tune {
             let points = points.iter().map(|point| (point.capacity, of(point)));
             Line { name: name.into(), points: std::iter::once((1.0, dense)).chain(points).collect(), pen }
         };
-        let chart = |title: String, y: &str, lines| Chart { title, x: "capacity".into(), y: y.into(), lines };
+        let chart = |title: String, y: &str, lines| Chart {
+            title,
+            x: "capacity".into(),
+            y: y.into(),
+            lines,
+            ..Chart::default()
+        };
         let title = format!("{}, held out", self.what.granularity);
         [
             chart(
@@ -174,8 +180,8 @@ impl Tune {
                 "predicted, by bytes and FLOPs".into(),
                 "speedup over dense",
                 vec![
-                    line("prefill", Pen::Of(0.0), &|point| point.prefill_speedup, 1.0),
-                    line("decode", Pen::Of(1.0), &|point| point.decode_speedup, 1.0),
+                    line("prefill", Pen::Ideal(0.0), &|point| point.prefill_speedup, 1.0),
+                    line("decode", Pen::Ideal(1.0), &|point| point.decode_speedup, 1.0),
                 ],
             ),
         ]
