@@ -44,8 +44,7 @@ constexpr int decode_shared(int head_dim, int group) {
 }
 // The most blocks that share a row.
 constexpr uint32_t DECODE_SPLITS = 64;
-constexpr int SPLITS_EACH = DECODE_SPLITS / WARP;
-static_assert(decode_shared(32, 1) >= 4 * DECODE_SPLITS, "each head has room for the factors of its blocks");
+static_assert(decode_shared(16, 1) >= 4 * DECODE_SPLITS, "each head has room for the factors of its blocks");
 
 __device__ inline uint32_t slot_of(const AttendArgs& args, uint32_t row) { return args.row_slot[args.rows.index[row]]; }
 

@@ -82,6 +82,9 @@ __device__ inline void prefetch(const void* from, uint32_t bytes) {
 #endif
 }
 
+// What was read before wait_for_previous, and may be what stood there before.
+__device__ inline uint32_t guess(uint32_t count) { return count; }
+
 // Waits for the kernel before this one and for what it wrote, and lets the next one begin, which then waits for this one.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -1,7 +1,7 @@
 // Products of few rows, as in decode: weights are streamed past the rows once, so what counts is the bandwidth of memory.
 //
 // The rows are read through their index and their number from the device; a block that has none ends before it reads a
-// weight. Weights are the left operand of the tensor cores, 16 bytes a lane: lane 4g + t takes numbers 8t to 8t + 7 of 32
+// weight, but for what it fetches ahead when the number that it guessed by is an older one. Weights are the left operand of the tensor cores, 16 bytes a lane: lane 4g + t takes numbers 8t to 8t + 7 of 32
 // along k for weight rows g and g + 8, and of the sources likewise, which is another order along k than the one that mma
 // means, but the same for both operands, and sums do not mind.
 
@@ -97,8 +97,8 @@ template <class T, int TILES, int EPILOGUE> __device__ void skinny(const SkinnyA
             copy_async(own + step % STAGES * (UNITS * THREADS) + i * THREADS, weights[i] + at);
         }
     };
-    // Weights are there before the kernel before has ended. How many rows there are may not be: no row is a guess then.
-    const bool early = row0 < count_of(rows);
+    // Weights are there before the kernel before has ended. How many rows there are may not be: it is a guess.
+    const bool early = row0 < guess(count_of(rows));
     if (early) {
 #pragma unroll
         for (int step = 0; step < STAGES - 1; step++) copy_weights(step);

@@ -336,6 +336,7 @@ fn bench_compares_saved_results() {
     assert_eq!(verdicts, ["same", "same", "same", "slower"]);
     assert!(ok(&["bench", "compare", a, slow, "--format", "csv"]).starts_with("test,routing,keys,capacity"));
     assert!(run(&["bench", "compare", slow, a, "--fail-slower"]).status.success(), "faster");
+    assert_eq!(run(&["bench", "compare", a, b, "--fail-slower"]).status.code(), Some(1), "nothing was compared");
     assert!(ok(&["bench", "compare", a, slow, "--least", "20"]).contains("change: same"));
 
     std::fs::write(broken, &std::fs::read(a).unwrap()[..200]).unwrap();

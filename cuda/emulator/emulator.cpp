@@ -646,6 +646,8 @@ void collective(const char* what, uint32_t mask, void* mine, Finish finish, Site
     w.go_on();
 }
 
+bool chance() { return worker->random.below(2) == 0; }
+
 void maybe_yield() {
     Worker& w = *worker;
     if (w.random.below(4)) return;

@@ -47,6 +47,7 @@ void collective(const char* what, uint32_t mask, void* mine, Finish finish, Site
 
 // Another thread may run now.
 void maybe_yield();
+bool chance();
 
 // __threadfence, or __threadfence_block.
 void fence(bool of_block);

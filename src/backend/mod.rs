@@ -168,7 +168,7 @@ pub enum Precision {
 /// Which kernels a GPU runs where there are several for an op.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Kernels {
-    /// Those that have proven themselves: [`Sm80`](Self::Sm80).
+    /// [`Hopper`](Self::Hopper) on compute capability 9.0, [`Sm80`](Self::Sm80) elsewhere.
     #[default]
     Auto,
     /// For compute capability 8.0 and up.

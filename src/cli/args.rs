@@ -175,8 +175,8 @@ pub struct RunArgs {
     /// f32, f16 or bf16 for K/V; as the activations when nothing is given, which are f32 on the CPU.
     #[arg(long, value_name = "DTYPE", value_parser = dtype)]
     kv_dtype: Option<DType>,
-    /// On a GPU, where an op has several kernels: auto, sm80, or hopper, which has never run on a GPU: attention by wgmma and
-    /// TMA, on compute capability 9.0. auto is sm80.
+    /// On a GPU, where an op has several kernels: auto, sm80, or hopper, attention by wgmma and TMA on compute capability 9.0.
+    /// auto is hopper there and sm80 elsewhere.
     #[arg(long, value_name = "WHICH", default_value = "auto", value_parser = kernels)]
     kernels: Kernels,
     /// CPU threads; as many as there are cores when nothing is given.

@@ -122,7 +122,7 @@ struct Compare {
     /// The least change of a median that counts, as a share.
     #[arg(long, value_name = "SHARE", default_value_t = 0.03, allow_negative_numbers = true)]
     least: f64,
-    /// Exit code 1 when something got slower.
+    /// Exit code 1 when something got slower, or nothing could be compared.
     #[arg(long)]
     fail_slower: bool,
     #[command(flatten)]
@@ -362,12 +362,13 @@ impl Compare {
         for difference in differences {
             eprintln!("mindskip: warning: A and B differ in {difference}");
         }
-        if rows.iter().all(|row| row.ratio.is_none()) {
-            eprintln!("mindskip: warning: nothing was measured in both");
+        let compared = rows.iter().any(|row| row.ratio.is_some() && row.verdict != Verdict::TooFew);
+        if !compared {
+            eprintln!("mindskip: warning: nothing was measured in both with five repetitions or more");
         }
         out.put(&rows)?;
         let slower = rows.iter().any(|row| row.verdict == Verdict::Slower);
-        Ok(if fail_slower && slower { Outcome::Failed } else { Outcome::Done })
+        Ok(if fail_slower && (slower || !compared) { Outcome::Failed } else { Outcome::Done })
     }
 }
 

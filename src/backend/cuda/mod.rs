@@ -67,7 +67,7 @@ pub struct CudaBackend {
     device: Box<dyn Device>,
     info: DeviceInfo,
     functions: Functions,
-    /// With [`Kernels::Hopper`], by head_dim: see [`ops::HOPPER_HEADS`].
+    /// Where they run, by head_dim: see [`ops::HOPPER_HEADS`].
     hopper: Option<[Function; 2]>,
     weights: Vec<Stored>,
     arena: Region,
@@ -142,6 +142,25 @@ fn books(kv: &KvLayout) -> usize {
     4 * kv.layers * kv.slots * (kv.pages_per_seq + 1) + 4 * kv.slots * kv.kv_heads
 }
 
+/// The kernels for compute capability 9.0, by head_dim; None where there are none for the type.
+///
+/// Errors: Unsupported on another GPU, Device when one is missing.
+fn find_hopper(device: &mut dyn Device, dtype: DType) -> Result<Option<[Function; 2]>> {
+    let &Description { ref name, compute_capability: (major, minor), .. } = device.description();
+    if (major, minor) != (9, 0) {
+        let text = format!("{name} has compute capability {major}.{minor}; the kernels for Hopper need 9.0");
+        return Err(Error::new(Kind::Unsupported, text).action("use --kernels auto"));
+    }
+    if dtype == DType::F32 {
+        return Ok(None);
+    }
+    let mut functions = [Function(0); 2];
+    for (function, head_dim) in functions.iter_mut().zip(ops::HOPPER_HEADS) {
+        *function = device.function(&format!("attend_hopper_{dtype}_{head_dim}"))?;
+    }
+    Ok(Some(functions))
+}
+
 impl CudaBackend {
     /// On a device, with activations in `dtype`, which should be that of the model's matrices: others are converted when
     /// they are uploaded. K/V are stored in `kv`.
@@ -192,14 +211,16 @@ impl CudaBackend {
         })
     }
 
-    /// The same with other kernels than those of [`Kernels::Auto`].
+    /// The same with other kernels than those for every GPU.
     ///
-    /// Errors: Unsupported for [`Kernels::Hopper`] on a GPU that has none of its instructions.
+    /// Errors: Unsupported for [`Kernels::Hopper`] on a GPU that has none of its instructions; Device when this build has
+    /// none of its kernels.
     pub fn with_kernels(mut self, kernels: Kernels) -> Result<Self> {
         self.hopper = match kernels {
             Kernels::Sm80 => None,
-            Kernels::Auto if self.device.description().compute_capability != (9, 0) => None,
-            Kernels::Auto | Kernels::Hopper => ops::find_hopper(self.device.as_mut(), self.info.kv)?,
+            // Another GPU, or a build for other architectures, has none.
+            Kernels::Auto => find_hopper(self.device.as_mut(), self.info.kv).unwrap_or(None),
+            Kernels::Hopper => find_hopper(self.device.as_mut(), self.info.kv)?,
         };
         Ok(self)
     }

@@ -107,25 +107,6 @@ impl Functions {
     }
 }
 
-/// The kernels for compute capability 9.0, by head_dim; None where there are none for the type.
-///
-/// Errors: Unsupported on another GPU, Device when one is missing.
-pub fn find_hopper(device: &mut dyn Device, dtype: DType) -> Result<Option<[Function; 2]>> {
-    let &Description { ref name, compute_capability: (major, minor), .. } = device.description();
-    if (major, minor) != (9, 0) {
-        let text = format!("{name} has compute capability {major}.{minor}; the kernels for Hopper need 9.0");
-        return Err(Error::new(Kind::Unsupported, text).action("use --kernels auto"));
-    }
-    if dtype == DType::F32 {
-        return Ok(None);
-    }
-    let mut functions = [Function(0); 2];
-    for (function, head_dim) in functions.iter_mut().zip(HOPPER_HEADS) {
-        *function = device.function(&format!("attend_hopper_{dtype}_{head_dim}"))?;
-    }
-    Ok(Some(functions))
-}
-
 pub(super) fn type_of(dtype: DType) -> u32 {
     match dtype {
         DType::F32 => TYPE_F32,
@@ -290,11 +271,12 @@ impl CudaBackend {
 
     /// The kernel for so many rows, and its launch over the columns of some products.
     fn skinny(&self, op: OpKind, bound: usize, columns: &[usize]) -> (Function, Launch) {
+        // As STAGES_OF in skinny_gemm.cu.
         let (kernels, parts, stages) = match op {
             OpKind::Qkv => (self.functions.store, 1, 6),
             OpKind::Logits => (self.functions.logits, 1, 6),
             OpKind::SwiGlu => (self.functions.swiglu, 2, 4),
-            _ => (self.functions.add, 1, 4),
+            _ => (self.functions.add, 1, 4), // ProjectAdd
         };
         let tile = TILES.iter().position(|&rows| bound <= rows).unwrap_or(3);
         let (rows, wide, shared) = match self.info.activations {

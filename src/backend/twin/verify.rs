@@ -28,8 +28,15 @@ pub struct Verdict {
 ///
 /// Errors: Device when a backend cannot be built there, or the device has failed for good, after the verdict on the op that
 /// made it. What one case makes go wrong is a failure of its verdict.
-pub fn verify(device: Box<dyn Device>, ops: &[AnyKind], every: usize, each: &mut dyn FnMut(&Verdict)) -> Result<()> {
-    let is_hopper = device.description().compute_capability == (9, 0);
+pub fn verify(
+    mut device: Box<dyn Device>,
+    ops: &[AnyKind],
+    every: usize,
+    each: &mut dyn FnMut(&Verdict),
+) -> Result<()> {
+    // A build for other architectures has none of them.
+    let is_hopper =
+        device.description().compute_capability == (9, 0) && device.function("attend_hopper_bf16_64").is_ok();
     let device = Arc::new(Mutex::new(device));
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let weights: &'static [DType] = match dtype {
