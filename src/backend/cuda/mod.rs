@@ -32,7 +32,7 @@ use super::rates::best;
 use super::*;
 use crate::error::{Error, Kind, ensure};
 use crate::tensor::{DType, Tensor};
-use device::{Address, Boxed, Device, Function, Gemm, Graph};
+use device::{Address, Boxed, Description, Device, Function, Gemm, Graph};
 use ops::Functions;
 use work::Accounts;
 

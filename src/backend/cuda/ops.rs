@@ -2,7 +2,7 @@
 
 use std::ptr::null;
 
-use super::device::{Description, Function, Gemm, Launch};
+use super::device::{Function, Gemm, Launch};
 use super::gradients::Backward;
 use super::kernels::RowSet; // the kernels', not the contract's
 use super::kernels::*;
