@@ -11,6 +11,7 @@ use mindskip::backend::cuda::{CudaBackend, emulated::Emulated};
 use mindskip::bundle::Bundle;
 use mindskip::engine::{Device, Engine, Kernels, Options, Seq, training_backend};
 use mindskip::generate::{Turn, generate};
+use mindskip::memory::Budget;
 use mindskip::model::Routing;
 use mindskip::router::{Keys, RouterSet, RouterSettings};
 use mindskip::sample::{Sampler, SamplerSettings};
@@ -183,8 +184,9 @@ fn training_steps_agree_with_the_cpu() {
             metadata: Default::default(),
             path: "here".into(),
         };
-        let limits = StepLimits { rows: 96, samples: 5, chunk: 70, memory: None };
-        let tuner = |device| {
+        let tuner = |device, recompute| {
+            let memory = Some(Budget::Bytes(1 << 30));
+            let limits = StepLimits { rows: 96, samples: 5, chunk: 70, recompute, memory };
             let backend = training_backend(&Options { device, threads: Some(2), ..Options::default() }).unwrap();
             Tuner::new(config.clone(), &weights, routers(), goal, limits, backend).unwrap()
         };
@@ -194,11 +196,13 @@ fn training_steps_agree_with_the_cpu() {
             let outcome = tuner.step(&samples, &settings).unwrap();
             (outcome, tuner.take_gradients().unwrap())
         };
-        let (expected, gradients) = step(&mut tuner(Device::Cpu));
+        let (expected, gradients) = step(&mut tuner(Device::Cpu, true));
         let what = format!("{name}, keys {keys}, {ste:?}, {goal:?}");
         let active: usize = expected.active.iter().sum();
         assert!((1..3 * expected.rows).contains(&active), "{what}: {active} active of {}", 3 * expected.rows);
-        let mut gpu = tuner(gpu(3));
+        let recompute = keys == Keys::Active;
+        let mut gpu = tuner(gpu(3), recompute);
+        assert_eq!(gpu.plan().kept, if recompute { 0 } else { config.layers - 1 });
         let allocations = gpu.counters().allocations;
         let (outcome, first) = step(&mut gpu);
         assert_eq!(outcome.active, expected.active, "{what}");

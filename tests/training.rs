@@ -63,7 +63,7 @@ fn trainer(bundle: Bundle, data: &Path, settings: TrainSettings) -> mindskip::Re
         metadata: BTreeMap::new(),
         path: "here".into(),
     };
-    let limits = StepLimits { rows: 256, samples: 8, chunk: 64, memory: None };
+    let limits = StepLimits { rows: 256, samples: 8, chunk: 64, recompute: false, memory: None };
     let fingerprint = bundle.weights.fingerprint();
     let backend = training_backend(&Options { device: Device::Cpu, threads: Some(2), ..Options::default() })?;
     let tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;

@@ -336,7 +336,18 @@ fn tuner(folder: &Path, case: &Case, routers: &Routers, limits: StepLimits) -> T
 }
 
 /// Chunks that are smaller than the step, and not a divisor of it.
-const LIMITS: StepLimits = StepLimits { rows: 64, samples: 5, chunk: 7, memory: None };
+const LIMITS: StepLimits = StepLimits { rows: 64, samples: 5, chunk: 7, recompute: true, memory: None };
+
+/// Tuners that keep the activations of all layers, and of all but one, and how many these are; `least` is the memory of
+/// one that keeps none.
+fn kept_layers(folder: &Path, case: &Case, routers: &Routers, least: u64) -> Vec<(Tuner, usize)> {
+    let of = |memory| tuner(folder, case, routers, StepLimits { recompute: false, memory, ..LIMITS });
+    let all = of(None);
+    let layers = all.config().layers - routers.keys().next().unwrap();
+    let less = of(Some(Budget::Bytes(all.plan().total() - 1)));
+    assert!(less.plan().total() >= least && less.plan().total() < all.plan().total());
+    vec![(all, layers), (less, layers - 1)]
+}
 
 fn settings(case: &Case, rows: usize) -> StepSettings {
     StepSettings {
@@ -358,9 +369,16 @@ fn check(model: &str, case: &Case, layers: &[usize]) {
     let refs: Vec<&Sample> = samples.iter().collect();
     let rows = samples.iter().map(|s| s.inputs().len()).sum();
     let outcome = tuner.step(&refs, &settings(case, rows)).unwrap();
-    let gradient: Vec<f64> = tuner.take_gradients().unwrap().into_iter().map(f64::from).collect();
+    let gradient = tuner.take_gradients().unwrap();
 
     let what = format!("{model} {layers:?} {case:?}");
+    let least = tuner.plan().total();
+    for (mut tuner, kept) in kept_layers(&folder, case, &routers, least) {
+        assert_eq!(tuner.plan().kept, kept, "{what}");
+        assert_eq!(tuner.step(&refs, &settings(case, rows)).unwrap(), outcome, "{what}: {kept} layers kept");
+        assert_eq!(tuner.take_gradients().unwrap(), gradient, "{what}: {kept} layers kept");
+    }
+    let gradient: Vec<f64> = gradient.into_iter().map(f64::from).collect();
     let (_, losses, decisions) = reference.loss(case, &samples, &routers, None);
     let count = |nth: usize| decisions.iter().map(|d| d[nth].0.iter().filter(|&&hard| hard).count()).sum();
     assert_eq!(outcome.active, (0..layers.len()).map(count).collect::<Vec<usize>>(), "{what}: active rows");

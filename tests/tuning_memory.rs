@@ -20,7 +20,7 @@ const ROWS: usize = 1024;
 
 /// The plan, and the peak of what was allocated beside it from before the tuner was built until after two steps. Buffers and K/V are
 /// one mapping each, of the size that the plan states, as are the weights: none of them is allocated.
-fn peak(folder: &Path, settings: RouterSettings, goal: Goal) -> (StepPlan, usize) {
+fn peak(folder: &Path, settings: RouterSettings, goal: Goal, recompute: bool) -> (StepPlan, usize) {
     let (config, weights) = (config(folder), Weights::open(folder).unwrap());
     let samples: Vec<Sample> = (0..8)
         .map(|i| Sample {
@@ -38,7 +38,7 @@ fn peak(folder: &Path, settings: RouterSettings, goal: Goal) -> (StepPlan, usize
         metadata: BTreeMap::new(),
         path: "here".into(),
     };
-    let limits = StepLimits { rows: ROWS, samples: 8, chunk: 64, memory: None };
+    let limits = StepLimits { rows: ROWS, samples: 8, chunk: 64, recompute, memory: None };
     let step = StepSettings {
         goal,
         ste: Ste::Full,
@@ -62,9 +62,11 @@ fn a_step_takes_no_more_than_its_plan_states() {
     let folder = goldens().join("routing/model");
     for (name, goal) in [("attn_token", Goal::Tokens), ("block_token", Goal::Dense), ("mlp_sequence", Goal::Tokens)] {
         let settings = RouterSettings { granularity: name.parse().unwrap(), ..RouterSettings::default() };
-        let (plan, peak) = peak(&folder, settings, goal);
+        let recompute = name == "attn_token";
+        let (plan, peak) = peak(&folder, settings, goal, recompute);
         let (stated, layer) = ((plan.arena + plan.kv_bytes()) as usize, ROWS * config(&folder).hidden * 4);
         assert_eq!(plan.buffers.saved.bytes(), 5 * layer, "the inputs of the layers 1 to 5");
+        assert_eq!((plan.kept, plan.kv.layers), if recompute { (0, 1) } else { (5, 6) });
         // Integers, which the plan states as well; lists of rows on the host; what threads work in.
         assert!(peak < 2 * layer && peak < stated / 8, "{name}: {peak} bytes beside {stated}");
     }

@@ -9,6 +9,7 @@ use std::fmt;
 use super::ops::{check_f32, check_len, check_linear, check_out, check_rows, check_vector, linear};
 use super::{Cost, Ints, Mat, Op, OpKind, TrainingBackend, Weight, Work};
 use crate::error::{Result, ensure};
+use crate::tensor::DType;
 
 macro_rules! gradients {
     ($($(#[$doc:meta])* $method:ident($args:ident)),+ $(,)?) => {
@@ -143,7 +144,9 @@ gradients! {
     back_project(BackProject),
     /// RMSNorm backward into the gradient of the residual stream, and with it what a router's logit adds.
     norm_backward(NormBackward),
-    /// SwiGLU backward up to its two projections, which are computed again.
+    /// SwiGLU whose two projections are kept for the way back.
+    swiglu_kept(SwiGluKept),
+    /// SwiGLU backward up to its two projections, which are computed again where they were not kept.
     swiglu_backward(SwiGluBackward),
     /// Flash attention backward over row ranges, with probabilities that are computed again.
     attend_backward(AttendBackward),
@@ -303,16 +306,65 @@ impl NormBackward {
     }
 }
 
-/// See [`Gradients::swiglu_backward`]. With g = h·Gᵀ, u = h·Uᵀ and a = silu(g) ⊙ u.
+/// The two projections of a SwiGLU: g = h·Gᵀ and u = h·Uᵀ, for a = silu(g) ⊙ u.
 #[derive(Debug, Clone, Copy)]
-pub struct SwiGluBackward {
-    /// `[rows, hidden]`
+pub struct GateUp {
+    /// `[*, hidden]`
     pub h: Mat,
     /// `[intermediate, hidden]`
     pub gate: Weight,
     pub up: Weight,
     pub gate_bias: Option<Weight>,
     pub up_bias: Option<Weight>,
+}
+
+impl GateUp {
+    fn check(&self, op: &str, rows: usize, width: usize) -> Result<()> {
+        check_linear(op, self.gate, self.h, self.gate_bias, rows)?;
+        check_linear(op, self.up, self.h, self.up_bias, rows)?;
+        let same = self.gate.rows == width && self.up.rows == width;
+        ensure!(same, Shape, "{op}: gate of {}, up of {} for {width}", self.gate.rows, self.up.rows);
+        Ok(())
+    }
+
+    fn cost(&self, work: Work) -> Cost {
+        let product = linear(self.gate, work.rows, self.h.dtype, DType::F32);
+        product + product
+    }
+}
+
+/// See [`Gradients::swiglu_kept`]. Everything is f32.
+#[derive(Debug, Clone, Copy)]
+pub struct SwiGluKept {
+    pub of: GateUp,
+    /// `[rows, intermediate]`: g and u
+    pub gate: Mat,
+    pub up: Mat,
+    /// `[rows, intermediate]`: a
+    pub out: Mat,
+}
+
+impl SwiGluKept {
+    pub fn check(&self) -> Result<()> {
+        let Mat { rows, cols: width, .. } = self.out;
+        self.of.check("swiglu_kept", rows, width)?;
+        [self.gate, self.up, self.out].into_iter().try_for_each(|m| {
+            check_f32("swiglu_kept", "an output", m)?;
+            check_out("swiglu_kept", m, rows, width)
+        })
+    }
+
+    pub fn cost(&self, work: Work) -> Cost {
+        let values = (work.rows * self.out.cols) as u64;
+        self.of.cost(work) + Cost { flops: 5 * values, bytes: 12 * values }
+    }
+}
+
+/// See [`Gradients::swiglu_backward`].
+#[derive(Debug, Clone, Copy)]
+pub struct SwiGluBackward {
+    /// What is computed again; None when `d_gate` and `d_up` hold g and u.
+    pub again: Option<GateUp>,
     /// `[rows, intermediate]`, f32
     pub d_act: Mat,
     /// `[rows, intermediate]`, f32: the gradients of g and u
@@ -324,21 +376,19 @@ pub struct SwiGluBackward {
 
 impl SwiGluBackward {
     pub fn check(&self) -> Result<()> {
-        let rows = self.d_act.rows;
-        check_linear("swiglu_backward", self.gate, self.h, self.gate_bias, rows)?;
-        check_linear("swiglu_backward", self.up, self.h, self.up_bias, rows)?;
-        ensure!(self.gate.rows == self.up.rows, Shape, "swiglu_backward: gate and up differ");
+        let Mat { rows, cols: width, .. } = self.d_act;
+        self.again.map_or(Ok(()), |of| of.check("swiglu_backward", rows, width))?;
         for m in [self.d_act, self.d_gate, self.d_up] {
             check_f32("swiglu_backward", "a gradient", m)?;
-            check_out("swiglu_backward", m, rows, self.gate.rows)?;
+            check_out("swiglu_backward", m, rows, width)?;
         }
         self.dots.map_or(Ok(()), |(at, out)| check_dots("swiglu_backward", at, out, rows))
     }
 
     pub fn cost(&self, work: Work) -> Cost {
-        let product = linear(self.gate, work.rows, self.h.dtype, self.d_gate.dtype);
-        let values = (work.rows * self.gate.rows) as u64;
-        product + product + Cost { flops: 12 * values, bytes: 4 * values }
+        let values = (work.rows * self.d_act.cols) as u64;
+        let products = self.again.map_or(Cost { flops: 0, bytes: 8 * values }, |of| of.cost(work));
+        products + Cost { flops: 12 * values, bytes: 4 * values }
     }
 }
 

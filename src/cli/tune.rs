@@ -130,6 +130,10 @@ struct How {
     /// Tokens of a sample; what is longer is cut. Also the tokens of a packed step.
     #[arg(long, value_name = "N", default_value_t = 2048)]
     max_length: usize,
+    /// Keep nothing of a layer but its input, and compute it again on the way back: the least memory. When it is not given
+    /// as many layers are kept as --memory allows, or as half of what is free.
+    #[arg(long)]
+    recompute: bool,
     /// The share of the data that is held out to evaluate.
     #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
     val_split: f64,
@@ -274,12 +278,15 @@ impl Tune {
 
     fn trainer(&self, base: &Base, settings: TrainSettings) -> Result<Trainer> {
         let Base { bundle, data, max_length, layers, .. } = base;
-        let tuner = self.tuner(base, layers.clone(), *max_length)?;
+        let tuner = self.tuner(base, layers.clone(), *max_length, self.how.recompute)?;
+        let plan = tuner.plan();
         eprintln!(
-            "layers {}; {} for a step of {max_length} tokens beside {} of weights",
+            "layers {}; {} for a step of {max_length} tokens beside {} of weights, activations of {} of {} layers kept",
             list(tuner.layers()),
-            Size(tuner.plan().total() - tuner.plan().weights),
-            Size(tuner.plan().weights)
+            Size(plan.total() - plan.weights),
+            Size(plan.weights),
+            plan.kept,
+            tuner.config().layers - plan.first,
         );
         let mut trainer = Trainer::new(tuner, settings, data.clone(), bundle.weights.fingerprint())?;
         if let Some(set) = &base.start {
@@ -295,7 +302,13 @@ impl Tune {
     }
 
     /// A model with routers that are zero: everything is active.
-    fn tuner(&self, base: &Base, layers: impl IntoIterator<Item = usize>, rows: usize) -> Result<Tuner> {
+    fn tuner(
+        &self,
+        base: &Base,
+        layers: impl IntoIterator<Item = usize>,
+        rows: usize,
+        recompute: bool,
+    ) -> Result<Tuner> {
         let Base { bundle, settings, .. } = base;
         let routers = RouterSet {
             settings: settings.router,
@@ -305,7 +318,7 @@ impl Tune {
             metadata: Default::default(),
             path: self.output.clone(),
         };
-        let limits = StepLimits { rows, samples: SAMPLES, chunk: 256, memory: self.memory };
+        let limits = StepLimits { rows, samples: SAMPLES, chunk: 256, recompute, memory: self.memory };
         let goal = if self.keep.is_some() { Goal::Dense } else { self.how.loss };
         let backend = training_backend(&Options { device: self.device, threads: self.threads, ..Options::default() })?;
         Tuner::new(bundle.config.clone(), &bundle.weights, routers, goal, limits, backend)

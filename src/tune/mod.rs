@@ -26,7 +26,7 @@ use crate::error::{Error, Kind, Result, ensure};
 use crate::model::{Gates, Layer, Model, Routing};
 use crate::router::{RouterSet, named, no_choice};
 use crate::weights::Weights;
-use pass::{Lists, Pass};
+use pass::{Lists, Pass, Save};
 pub use pass::{StepOutcome, StepSettings};
 use plan::{StepLimits, StepPlan};
 
@@ -117,7 +117,7 @@ impl Tuner {
     /// finite.
     pub fn step(&mut self, samples: &[&Sample], settings: &StepSettings) -> Result<StepOutcome> {
         self.run(samples, settings.goal == Goal::Dense, |pass| {
-            let active = pass.forward(true)?;
+            let active = pass.forward(Save::Activations)?;
             let losses = pass.head(settings, true)?;
             pass.backward(settings)?;
             Ok((active, losses))
@@ -130,7 +130,7 @@ impl Tuner {
     pub fn evaluate(&mut self, samples: &[&Sample], goal: Goal, routed: bool) -> Result<StepOutcome> {
         self.run(samples, goal == Goal::Dense, |pass| {
             pass.routed = routed;
-            Ok((pass.forward(false)?, pass.head(&StepSettings::forward(goal), false)?))
+            Ok((pass.forward(Save::Nothing)?, pass.head(&StepSettings::forward(goal), false)?))
         })
     }
 
@@ -146,7 +146,7 @@ impl Tuner {
         let mut sums = Vec::new();
         let dense = self.run(samples, goal == Goal::Dense, |pass| {
             pass.routed = false;
-            pass.forward(true)?;
+            pass.forward(Save::Inputs)?;
             let losses = pass.head(&StepSettings::forward(goal), false)?;
             for l in 0..pass.model.layers.len() {
                 pass.forward_without(l, target)?;
@@ -182,7 +182,7 @@ impl Tuner {
             let mut pass = Pass { be, model, plan, samples, routed: false, scores: None, lists: &mut *lists };
             pass.begin()?;
             if distill {
-                pass.forward(false)?;
+                pass.forward(Save::Nothing)?;
                 pass.keep_dense()?;
             }
             pass.routed = true;
@@ -206,7 +206,7 @@ impl Tuner {
         let mut scores = Vec::new();
         self.run(samples, false, |pass| {
             pass.scores = Some(Vec::new());
-            let active = pass.forward(false)?;
+            let active = pass.forward(Save::Nothing)?;
             scores = pass.scores.take().expect("just put there");
             Ok((active, Vec::new()))
         })?;

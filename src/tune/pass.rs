@@ -6,6 +6,8 @@
 //! flows back through the sub-layer of a skipped row (its m is 0), so for [`Ste::Full`] skipped rows only go forward
 //! once more.
 
+mod backward;
+
 use crate::backend::*;
 use crate::error::Result;
 use crate::model::{Layer, Model, Routing};
@@ -58,9 +60,39 @@ struct Queries {
     end: Ints,
 }
 
+/// What a forward pass leaves for the way back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Save {
+    Nothing,
+    /// The inputs of the layers from the first routed one on.
+    Inputs,
+    /// Also what the plan keeps of layers.
+    Activations,
+}
+
+/// Where a layer leaves its activations.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// Its number in the K/V.
+    kv: usize,
+    q: Mat,
+    attn: Mat,
+    /// What is only there when they are kept.
+    kept: Option<Between>,
+}
+
+/// The activations between a layer's sub-layers, and within its MLP.
+#[derive(Debug, Clone, Copy)]
+struct Between {
+    x: Mat,
+    gate: Mat,
+    up: Mat,
+}
+
 /// How a layer treats the rows of a step.
 #[derive(Debug, Clone, Copy)]
 struct Treated {
+    at: Place,
     queries: Queries,
     /// Rows that write K/V.
     keys: Ints,
@@ -118,6 +150,23 @@ impl Pass<'_> {
         Some(self.buffers().saved.rows(start..start + self.rows()))
     }
 
+    /// The buffers of the layer at work, which the next one takes.
+    fn shared(&self) -> Place {
+        let b = self.buffers();
+        Place { kv: 0, q: b.q, attn: b.attn, kept: None }
+    }
+
+    fn place(&self, layer: usize, save: Save) -> Place {
+        let kept_from = self.model.layers.len() - self.plan.kept;
+        let Some(nth) = layer.checked_sub(kept_from).filter(|_| save == Save::Activations) else {
+            return self.shared();
+        };
+        let (kept, start) = (self.buffers().kept, nth * self.plan.limits.rows);
+        let [x, q, attn, gate, up] =
+            [kept.x, kept.q, kept.attn, kept.gate, kept.up].map(|m| m.rows(start..start + self.rows()));
+        Place { kv: 1 + nth, q, attn, kept: Some(Between { x, gate, up }) }
+    }
+
     fn routing(&self, layer: &Layer) -> Option<&Routing> {
         self.model.routing.as_ref().filter(|_| self.routed && layer.routed.is_some())
     }
@@ -154,17 +203,18 @@ impl Pass<'_> {
         write(b.answers, &mut answers().map(|(row, _)| row))?;
         write(b.targets, &mut answers().map(|(_, target)| target))?;
         let mut page = 0;
-        for (slot, sample) in samples.iter().enumerate() {
-            let pages: Vec<u32> = (page..).take(sample.inputs().len().div_ceil(PAGE)).collect();
-            page += pages.len() as u32;
-            be.kv_pages(0, slot, 0, &pages)?;
+        for layer in 0..self.plan.kv.layers {
+            for (slot, sample) in samples.iter().enumerate() {
+                let pages: Vec<u32> = (page..).take(sample.inputs().len().div_ceil(PAGE)).collect();
+                page += pages.len() as u32;
+                be.kv_pages(layer, slot, 0, &pages)?;
+            }
         }
         be.rope_angles(&RopeAngles { pos: b.pos.slice(0..rows as usize), inv_freq: self.model.inv_freq, out: b.angles })
     }
 
-    /// All layers, with the hard mask; the inputs of the layers from the first routed one on are kept when `save`.
-    /// Returns the active rows of each routed layer.
-    pub fn forward(&mut self, save: bool) -> Result<Vec<usize>> {
+    /// All layers, with the hard mask. Returns the active rows of each routed layer.
+    pub fn forward(&mut self, save: Save) -> Result<Vec<usize>> {
         let b = self.buffers();
         let ids = b.ids.slice(0..self.rows());
         self.be.embed(&Embed { table: self.model.embed, ids, out: b.x })?;
@@ -172,15 +222,19 @@ impl Pass<'_> {
     }
 
     /// The layers from one on; see [`forward`](Self::forward).
-    fn layers(&mut self, from: usize, save: bool) -> Result<Vec<usize>> {
+    fn layers(&mut self, from: usize, save: Save) -> Result<Vec<usize>> {
         let b = self.buffers();
         let mut active = Vec::new();
         for l in from..self.model.layers.len() {
-            if let Some(out) = self.saved(l).filter(|_| save) {
-                self.be.copy(&CopyRows { src: Some(self.part(b.x)), out })?;
+            let x = Some(self.part(b.x));
+            if let Some(out) = self.saved(l).filter(|_| save != Save::Nothing) {
+                self.be.copy(&CopyRows { src: x, out })?;
             }
-            let treated = self.attention(l)?;
-            self.mlp(l, treated.mlp)?;
+            let treated = self.attention(l, self.place(l, save))?;
+            if let Some(Between { x: out, .. }) = treated.at.kept {
+                self.be.copy(&CopyRows { src: x, out })?;
+            }
+            self.mlp(l, treated.mlp, treated.at.kept)?;
             if self.routing(&self.model.layers[l]).is_some() {
                 self.keep_scores(l)?;
                 active.push(self.rows() - treated.skipped.rows.len);
@@ -194,11 +248,11 @@ impl Pass<'_> {
         let input = self.saved(l).expect("its input was kept");
         self.be.copy(&CopyRows { src: Some(input), out: self.part(self.buffers().x) })?;
         match target {
-            Target::Attn => self.mlp(l, self.all())?,
-            Target::Mlp => self.attention(l).map(drop)?,
+            Target::Attn => self.mlp(l, self.all(), None)?,
+            Target::Mlp => self.attention(l, self.shared()).map(drop)?,
             Target::Block => {}
         }
-        self.layers(l + 1, false).map(drop)
+        self.layers(l + 1, Save::Nothing).map(drop)
     }
 
     /// The scores of a routed layer, where they are wanted; its router's logits are those that were computed last.
@@ -264,16 +318,6 @@ impl Pass<'_> {
         self.norm(b.x, b.answers.slice(0..count), self.model.norm, b.dense)
     }
 
-    /// From the gradient behind the last layer to those of the routers.
-    pub fn backward(&mut self, settings: &StepSettings) -> Result<()> {
-        for l in (self.plan.first..self.model.layers.len()).rev() {
-            self.layer_backward(l, settings)?;
-        }
-        Ok(())
-    }
-
-    // ---- forward ----
-
     /// `out[i] = RMSNorm(x[rows[i]])`
     fn norm(&mut self, x: Mat, rows: Ints, weight: Weight, out: Mat) -> Result<()> {
         let eps = self.model.config.norm_eps;
@@ -295,44 +339,40 @@ impl Pass<'_> {
     }
 
     /// x += m·Attn(h).
-    fn attention(&mut self, l: usize) -> Result<Treated> {
+    fn attention(&mut self, l: usize, at: Place) -> Result<Treated> {
         let (b, layer) = (self.buffers(), &self.model.layers[l]);
         self.input_norm(l)?;
-        let treated = self.route(l)?;
-        self.project(l, treated.queries.rows, treated.keys)?;
-        self.rope(l, treated.queries.rows, treated.keys)?;
-        self.attend(treated.queries)?;
-        let rows = RowSet::exact(treated.queries.rows);
-        self.be.project_add(&ProjectAdd { src: b.attn, weight: layer.o, bias: layer.o_bias, rows, x: b.x })?;
+        let treated = self.route(l, at)?;
+        let Treated { queries, keys, .. } = treated;
+        self.project(l, at.q, queries.rows, keys)?;
+        self.rope(l, at.kv, (at.q, layer.q_norm), queries.rows, keys, [b.k, b.v])?;
+        self.attend(at, queries)?;
+        let rows = RowSet::exact(queries.rows);
+        self.be.project_add(&ProjectAdd { src: at.attn, weight: layer.o, bias: layer.o_bias, rows, x: b.x })?;
         Ok(treated)
     }
 
     /// Q, K and V of some rows.
-    fn project(&mut self, l: usize, queries: Ints, keys: Ints) -> Result<()> {
+    fn project(&mut self, l: usize, q: Mat, queries: Ints, keys: Ints) -> Result<()> {
         let (b, layer) = (self.buffers(), &self.model.layers[l]);
         let (q_rows, kv_rows) = (RowSet::exact(queries), RowSet::exact(keys));
         let (weights, biases) = (layer.qkv, layer.qkv_bias);
-        self.be.qkv(&Qkv { h: b.h, base: 0, q_rows, kv_rows, weights, biases, q: b.q, k: b.k, v: b.v })
+        self.be.qkv(&Qkv { h: b.h, base: 0, q_rows, kv_rows, weights, biases, q, k: b.k, v: b.v })
     }
 
-    fn rope(&mut self, l: usize, queries: Ints, keys: Ints) -> Result<()> {
-        let b = self.buffers();
-        self.rope_of(l, b.q, self.model.layers[l].q_norm, queries, keys, [b.k, b.v])
-    }
-
-    /// Turns the heads of `q`, and appends K and V.
-    fn rope_of(
+    /// Turns the heads of `q`, and appends K and V to the layer `to` of the cache.
+    fn rope(
         &mut self,
         l: usize,
-        q: Mat,
-        q_norm: Option<Weight>,
+        to: usize,
+        (q, q_norm): (Mat, Option<Weight>),
         rows: Ints,
         keys: Ints,
         kv: [Mat; 2],
     ) -> Result<()> {
         let (b, c) = (self.buffers(), &self.model.config);
         self.be.rope_append(&RopeAppend {
-            layer: 0,
+            layer: to,
             head_dim: c.head_dim,
             angles: b.angles,
             pos: b.pos,
@@ -353,51 +393,64 @@ impl Pass<'_> {
         (self.model.config.head_dim as f32).sqrt().recip()
     }
 
-    fn attend(&mut self, Queries { rows, first, end }: Queries) -> Result<()> {
+    fn attend(&mut self, at: Place, Queries { rows, first, end }: Queries) -> Result<()> {
         let (b, c) = (self.buffers(), &self.model.config);
         self.be.attend(&Attend {
-            layer: 0,
+            layer: at.kv,
             head_dim: c.head_dim,
             scale: self.scale(),
             rows: RowSet::exact(rows),
             row_slot: b.row_slot,
             first,
             end,
-            q: b.q,
-            out: b.attn,
+            q: at.q,
+            out: at.attn,
             kv_heads: c.kv_heads,
             single: false,
         })
     }
 
     /// x += MLP(RMSNorm(x)) for some rows.
-    fn mlp(&mut self, l: usize, rows: Ints) -> Result<()> {
+    fn mlp(&mut self, l: usize, rows: Ints, kept: Option<Between>) -> Result<()> {
         let (b, layer) = (self.buffers(), &self.model.layers[l]);
-        for part in chunks(rows, b.h2.rows) {
-            self.activations(l, part)?;
+        for (start, part) in chunks(rows, b.h2.rows) {
+            match kept {
+                None => self.activations(l, part)?,
+                Some(kept) => {
+                    self.norm(b.x, part, layer.post_norm, b.h2)?;
+                    let [gate, up] = [kept.gate, kept.up].map(|m| m.rows(start..start + part.len));
+                    let (of, out) = (self.gate_up(l), b.act.rows(0..part.len));
+                    self.be.swiglu_kept(&SwiGluKept { of, gate, up, out })?;
+                }
+            }
             let rows = RowSet::exact(part);
             self.be.project_add(&ProjectAdd { src: b.act, weight: layer.down, bias: layer.down_bias, rows, x: b.x })?;
         }
         Ok(())
     }
 
-    /// What the last projection of the MLP of some rows takes, into `act`.
-    fn activations(&mut self, l: usize, rows: Ints) -> Result<()> {
-        let (b, layer) = (self.buffers(), &self.model.layers[l]);
-        self.norm(b.x, rows, layer.post_norm, b.h2)?;
-        self.be.swiglu(&SwiGlu {
-            h: b.h2,
-            rows: RowSet::exact(rows),
+    /// The projections of the MLP of the rows whose norms `h2` holds.
+    fn gate_up(&self, l: usize) -> GateUp {
+        let layer = &self.model.layers[l];
+        GateUp {
+            h: self.buffers().h2,
             gate: layer.gate,
             up: layer.up,
             gate_bias: layer.gate_bias,
             up_bias: layer.up_bias,
-            out: b.act,
-        })
+        }
+    }
+
+    /// What the last projection of the MLP of some rows takes, into `act`.
+    fn activations(&mut self, l: usize, rows: Ints) -> Result<()> {
+        let b = self.buffers();
+        self.norm(b.x, rows, self.model.layers[l].post_norm, b.h2)?;
+        let GateUp { h, gate, up, gate_bias, up_bias } = self.gate_up(l);
+        self.be.swiglu(&SwiGlu { h, rows: RowSet::exact(rows), gate, up, gate_bias, up_bias, out: b.act })
     }
 
     /// Lets a layer decide, and lists which rows do what.
-    fn route(&mut self, l: usize) -> Result<Treated> {
+    fn route(&mut self, l: usize, at: Place) -> Result<Treated> {
         let (b, n, sequences) = (self.buffers(), self.rows(), self.samples.len());
         let layer = &self.model.layers[l];
         let decide = self.routing(layer).map_or(Decide::All, |r| r.decide(l, Phase::Prefill));
@@ -406,11 +459,11 @@ impl Pass<'_> {
             s.granularity.level == Level::Token && s.granularity.target != Target::Mlp && s.keys == Keys::Active
         });
         for slot in 0..sequences {
-            self.be.kv_len(0, slot, 0)?;
+            self.be.kv_len(at.kv, slot, 0)?;
         }
         self.be.write_ints(b.decided, &vec![UNDECIDED; sequences])?;
         self.be.route(&Route {
-            layer: 0,
+            layer: at.kv,
             decide,
             queries: Take::All,
             keys: if apart { Take::Active } else { Take::All },
@@ -434,7 +487,7 @@ impl Pass<'_> {
             None => {
                 let starts: Vec<u32> = self.starts().collect();
                 self.be.write_ints(b.kv_start, &starts)?;
-                Ok(Treated { queries: everyone, keys: self.all(), mlp: self.all(), skipped: nobody, apart })
+                Ok(Treated { at, queries: everyone, keys: self.all(), mlp: self.all(), skipped: nobody, apart })
             }
             Some(settings) => {
                 let (active, skipped) = self.split(everyone, apart)?;
@@ -444,7 +497,7 @@ impl Pass<'_> {
                     Target::Block => [active, active],
                 };
                 let keys = if apart { active.rows } else { self.all() };
-                Ok(Treated { queries, keys, mlp: mlp.rows, skipped, apart })
+                Ok(Treated { at, queries, keys, mlp: mlp.rows, skipped, apart })
             }
         }
     }
@@ -496,238 +549,9 @@ impl Pass<'_> {
         self.be.write_ints(b.kv_start, &starts)?;
         Ok((queries, skipped))
     }
-
-    // ---- backward ----
-
-    /// Computes a layer again from its input, and turns the gradient behind it into the one before it and, where it is
-    /// routed, into that of its router. The lowest layer passes on nothing.
-    fn layer_backward(&mut self, l: usize, settings: &StepSettings) -> Result<()> {
-        let (b, layer) = (self.buffers(), &self.model.layers[l]);
-        let (lowest, input) = (l == self.plan.first, self.saved(l).expect("its input was kept"));
-        let target = self.settings(layer).map(|s| s.granularity.target);
-        self.be.copy(&CopyRows { src: Some(input), out: self.part(b.x) })?;
-        let treated = self.attention(l)?;
-        if target.is_some() {
-            self.be.copy(&CopyRows { src: None, out: self.part(b.d_mask) })?;
-        }
-
-        if target == Some(Target::Block) {
-            self.attention_dots(l, treated.queries.rows)?;
-        }
-        match target {
-            Some(Target::Mlp | Target::Block) if lowest => self.mlp_dots(l, treated.mlp)?,
-            Some(Target::Mlp | Target::Block) => self.mlp_backward(l, treated.mlp, true)?,
-            Some(Target::Attn) | None => self.mlp_backward(l, treated.mlp, false)?,
-        }
-        if target == Some(Target::Attn) {
-            self.attention_dots(l, treated.queries.rows)?;
-        }
-        if !lowest {
-            if target != Some(Target::Attn) {
-                self.attention_gradient(l, treated.queries.rows)?;
-            }
-            self.attention_backward(l, &treated)?;
-        }
-        if let Some(target) = target {
-            if settings.ste == Ste::Full {
-                self.skipped_dots(l, target, &treated)?;
-            }
-            self.gate_backward(l, &treated, settings)?;
-        }
-        if !lowest {
-            let gate = target.and(layer.router()).map(|router| (router, b.d_mask));
-            self.norm_backward(input, self.all(), layer.input_norm, b.d_h, gate)?;
-        }
-        Ok(())
-    }
-
-    fn back(
-        &mut self,
-        rows: usize,
-        (d_out, from): (Mat, Option<Ints>),
-        weight: Weight,
-        (d_in, to): (Mat, Option<Ints>),
-        add: bool,
-    ) -> Result<()> {
-        self.be.back_project(&BackProject { rows, d_out, from, weight, d_in, to, add })
-    }
-
-    fn norm_backward(
-        &mut self,
-        x: Mat,
-        rows: Ints,
-        weight: Weight,
-        d_h: Mat,
-        gate: Option<(Weight, Mat)>,
-    ) -> Result<()> {
-        let (eps, d_x) = (self.model.config.norm_eps, self.buffers().d_x);
-        self.be.norm_backward(&NormBackward { x, rows, weight, eps, d_h, gate, d_x })
-    }
-
-    /// The gradient of what attention gave some rows, into `d_attn`.
-    fn attention_gradient(&mut self, l: usize, rows: Ints) -> Result<()> {
-        let b = self.buffers();
-        self.back(rows.len, (b.d_x, Some(rows)), self.model.layers[l].o, (b.d_attn, None), false)
-    }
-
-    /// The gradient of the mask in front of the attention of some rows, which `attn` holds; `d_attn` is left behind.
-    fn attention_dots(&mut self, l: usize, rows: Ints) -> Result<()> {
-        let (b, layer) = (self.buffers(), &self.model.layers[l]);
-        self.attention_gradient(l, rows)?;
-        let bias = layer.o_bias.map(|bias| (b.d_x, bias));
-        let (a, b, out) = (b.d_attn, b.attn, b.d_mask);
-        self.be.row_dots(&RowDots { a: a.rows(0..rows.len), b: b.rows(0..rows.len), rows, bias, out })
-    }
-
-    /// The same for the MLP of some rows.
-    fn mlp_dots(&mut self, l: usize, rows: Ints) -> Result<()> {
-        let (b, layer) = (self.buffers(), &self.model.layers[l]);
-        for part in chunks(rows, b.h2.rows) {
-            self.activations(l, part)?;
-            self.back(part.len, (b.d_x, Some(part)), layer.down, (b.d_gate, None), false)?;
-            let bias = layer.down_bias.map(|bias| (b.d_x, bias));
-            let [d_act, act] = [b.d_gate, b.act].map(|m| m.rows(0..part.len));
-            self.be.row_dots(&RowDots { a: d_act, b: act, rows: part, bias, out: b.d_mask })?;
-        }
-        Ok(())
-    }
-
-    /// Adds to `d_x` what comes through the MLP of some rows; `x` is what it read. With `dots`, also the gradient of
-    /// the mask in front of it.
-    fn mlp_backward(&mut self, l: usize, rows: Ints, dots: bool) -> Result<()> {
-        let (b, layer) = (self.buffers(), &self.model.layers[l]);
-        for part in chunks(rows, b.h2.rows) {
-            let n = part.len;
-            let [h, d_h, d_act, d_gate, d_up] = [b.h2, b.d_h2, b.act, b.d_gate, b.d_up].map(|m| m.rows(0..n));
-            self.norm(b.x, part, layer.post_norm, h)?;
-            self.back(n, (b.d_x, Some(part)), layer.down, (d_act, None), false)?;
-            if let Some(bias) = layer.down_bias.filter(|_| dots) {
-                // Of no columns: only the bias.
-                let none = Mat { cols: 0, ..d_act };
-                self.be.row_dots(&RowDots {
-                    a: none,
-                    b: none,
-                    rows: part,
-                    bias: Some((b.d_x, bias)),
-                    out: b.d_mask,
-                })?;
-            }
-            self.be.swiglu_backward(&SwiGluBackward {
-                h,
-                gate: layer.gate,
-                up: layer.up,
-                gate_bias: layer.gate_bias,
-                up_bias: layer.up_bias,
-                d_act,
-                d_gate,
-                d_up,
-                dots: dots.then_some((part, b.d_mask)),
-            })?;
-            self.back(n, (d_gate, None), layer.gate, (d_h, None), false)?;
-            self.back(n, (d_up, None), layer.up, (d_h, None), true)?;
-            self.norm_backward(b.x, part, layer.post_norm, d_h, None)?;
-        }
-        Ok(())
-    }
-
-    /// From `d_attn` to the gradient of what the layer's attention read, in `d_h`.
-    fn attention_backward(&mut self, l: usize, treated: &Treated) -> Result<()> {
-        let (b, layer, c) = (self.buffers(), &self.model.layers[l], &self.model.config);
-        let (Queries { rows, first, end }, keys) = (treated.queries, treated.keys);
-        let [d_k, d_v] = [b.d_k, b.d_v].map(|m| m.rows(0..keys.len));
-        self.be.attend_backward(&AttendBackward {
-            layer: 0,
-            head_dim: c.head_dim,
-            kv_heads: c.kv_heads,
-            scale: self.scale(),
-            rows,
-            row_slot: b.row_slot,
-            first,
-            end,
-            kv_start: b.kv_start.slice(0..self.samples.len() + 1),
-            q: b.q,
-            out: b.attn,
-            d_out: b.d_attn,
-            d_q: b.d_q.rows(0..rows.len),
-            d_k,
-            d_v,
-        })?;
-        if layer.q_norm.is_some() {
-            self.project(l, rows, keys)?; // as they were before their norms
-        }
-        for (d, rows, norm, src) in [(b.d_q, rows, layer.q_norm, b.q), (d_k, keys, layer.k_norm, b.k)] {
-            let norm = norm.map(|weight| HeadNorm { weight, eps: c.norm_eps, src: src.rows(0..rows.len) });
-            let d = d.rows(0..rows.len);
-            self.be.rope_backward(&RopeBackward { head_dim: c.head_dim, angles: b.angles, rows, d, norm })?;
-        }
-        self.be.copy(&CopyRows { src: None, out: self.part(b.d_h) })?;
-        for (d, rows, weight) in [(b.d_q, rows, 0), (d_k, keys, 1), (d_v, keys, 2)] {
-            self.back(rows.len, (d, None), layer.qkv[weight], (b.d_h, Some(rows)), true)?;
-        }
-        Ok(())
-    }
-
-    /// The gradients of the masks of the rows that were skipped: what their sub-layers would have given.
-    fn skipped_dots(&mut self, l: usize, target: Target, treated: &Treated) -> Result<()> {
-        let (b, layer, c) = (self.buffers(), &self.model.layers[l], &self.model.config);
-        let Queries { rows, first, end } = treated.skipped;
-        if rows.len == 0 {
-            return Ok(());
-        }
-        if target != Target::Mlp {
-            let (nobody, idle) = (rows.slice(0..0), [b.d_k, b.d_v]);
-            self.project(l, rows, if treated.apart { rows } else { nobody })?;
-            self.rope_of(l, b.q, layer.q_norm, rows, nobody, idle)?;
-            if treated.apart {
-                self.rope_of(l, b.k, layer.k_norm, rows, nobody, idle)?;
-                self.be.attend_apart(&AttendApart {
-                    layer: 0,
-                    head_dim: c.head_dim,
-                    kv_heads: c.kv_heads,
-                    scale: self.scale(),
-                    rows,
-                    row_slot: b.row_slot,
-                    first,
-                    end,
-                    q: b.q,
-                    k: b.k,
-                    v: b.v,
-                    out: b.attn,
-                })?;
-            } else {
-                self.attend(treated.skipped)?;
-            }
-            self.attention_dots(l, rows)?;
-        }
-        if target == Target::Block {
-            let rows = RowSet::exact(rows);
-            self.be.project_add(&ProjectAdd { src: b.attn, weight: layer.o, bias: layer.o_bias, rows, x: b.x })?;
-        }
-        if target != Target::Attn {
-            self.mlp_dots(l, rows)?;
-        }
-        Ok(())
-    }
-
-    /// From the gradients of the masks to those of the router and of its logits, which take their place.
-    fn gate_backward(&mut self, l: usize, treated: &Treated, settings: &StepSettings) -> Result<()> {
-        let (b, n, layer) = (self.buffers(), self.rows(), &self.model.layers[l]);
-        let (Some(routed), Some(of)) = (layer.routed, self.settings(layer)) else { return Ok(()) };
-        let active = n - treated.skipped.rows.len;
-        let above = active as f32 > settings.target * n as f32;
-        let sequences = b.seq_start.slice(0..self.samples.len() + 1);
-        self.be.gate_backward(&GateBackward {
-            sequences: (of.granularity.level == Level::Sequence).then_some(sequences),
-            logits: b.gate,
-            d_mask: self.part(b.d_mask),
-            penalty: if above { settings.lambda * settings.capacity_scale } else { 0.0 },
-            h: b.h,
-            d_router: b.d_routers.rows(routed.nth..routed.nth + 1),
-        })
-    }
 }
 
-/// Lists of at most `n` rows.
-fn chunks(rows: Ints, n: usize) -> impl Iterator<Item = Ints> {
-    (0..rows.len.div_ceil(n)).map(move |i| rows.slice(i * n..((i + 1) * n).min(rows.len)))
+/// Lists of at most `n` rows, and where each begins.
+fn chunks(rows: Ints, n: usize) -> impl Iterator<Item = (usize, Ints)> {
+    (0..rows.len.div_ceil(n)).map(move |i| (i * n, rows.slice(i * n..((i + 1) * n).min(rows.len))))
 }

@@ -15,14 +15,17 @@ pub struct StepLimits {
     pub samples: usize,
     /// Rows that pass an MLP, or the head, at a time.
     pub chunk: usize,
-    /// What weights, buffers and K/V may take; None: what is free.
+    /// Keeps nothing of a layer but its input, and computes it again on the way back.
+    pub recompute: bool,
+    /// What weights, buffers and K/V may take; None: what is free, and half of what a step leaves of it for activations.
     pub memory: Option<Budget>,
 }
 
 /// The buffers of a training step, with R = `StepLimits::rows`, C = rows of a chunk, S = samples. Everything is f32.
 ///
 /// One layer is at work at a time: what attention makes is kept for the whole step, what an MLP makes for a chunk. Of
-/// the other layers nothing is kept but the inputs of those from the first routed one on.
+/// the other layers nothing is kept but the inputs of those from the first routed one on, and, as far as memory allows, what
+/// the way back needs besides: see [`Kept`].
 #[derive(Debug, Clone, Copy)]
 pub struct StepBuffers {
     /// `[R, hidden]`: the residual stream, and its gradient
@@ -30,6 +33,7 @@ pub struct StepBuffers {
     pub d_x: Mat,
     /// `[saved layers · R, hidden]`
     pub saved: Mat,
+    pub kept: Kept,
     /// `[R, hidden]`: the input norm of the layer at work, and its gradient
     pub h: Mat,
     pub d_h: Mat,
@@ -95,6 +99,19 @@ pub struct StepBuffers {
     pub targets: Ints,
 }
 
+/// What the last layers keep besides their inputs and K/V, n of them.
+#[derive(Debug, Clone, Copy)]
+pub struct Kept {
+    /// `[n · R, hidden]`: the residual stream behind attention
+    pub x: Mat,
+    /// `[n · R, heads·head_dim]`: queries, and what attention gave them
+    pub q: Mat,
+    pub attn: Mat,
+    /// `[n · R, intermediate]`: the projections of the MLP, then their gradients
+    pub gate: Mat,
+    pub up: Mat,
+}
+
 /// What a training run takes, in bytes, and where its buffers stand.
 #[derive(Debug, Clone)]
 pub struct StepPlan {
@@ -104,10 +121,12 @@ pub struct StepPlan {
     pub ints: u64,
     /// What the backend needs beside its buffers.
     pub workspace: u64,
-    /// K/V of one layer.
+    /// K/V of the layer at work, and of each that keeps its activations.
     pub kv: KvLayout,
     /// The first layer whose input is kept.
     pub first: usize,
+    /// How many layers, the last ones, keep their activations.
+    pub kept: usize,
     pub buffers: StepBuffers,
 }
 
@@ -124,25 +143,12 @@ impl StepPlan {
         limits: StepLimits,
         backend: &dyn TrainingBackend,
     ) -> Result<Self> {
-        let StepLimits { rows, samples, chunk, memory } = limits;
+        let StepLimits { rows, samples, chunk, recompute, memory } = limits;
         for (name, value) in [("rows", rows), ("samples", samples), ("chunk", chunk)] {
             if !(1..1 << 31).contains(&value) {
                 return Err(Error::new(Kind::Argument, format!("{name} of a step: {value}")).action("give 1 or more"));
             }
         }
-        let kv = KvLayout {
-            layers: 1,
-            slots: samples,
-            // A sample ends within a page.
-            pages: rows / PAGE + samples,
-            pages_per_seq: rows.div_ceil(PAGE),
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            dtype: DType::F32,
-        };
-        let mut at = Placer::default();
-        let buffers = StepBuffers::place(config, first, routed, distill, limits, &mut at).ok_or_else(too_large)?;
-        let (arena, ints) = (at.bytes as u64, (at.ints * 4) as u64);
         let largest = Largest {
             rows,
             chunk: chunk.min(rows),
@@ -151,10 +157,34 @@ impl StepPlan {
             heads: config.heads,
             vocab: config.vocab,
         };
-        let workspace = backend.training_workspace(&largest, &kv)? as u64;
-        let plan = StepPlan { limits, weights, arena, ints, workspace, kv, first, buffers };
-        match allowed(memory, backend.info().free_memory).filter(|&n| plan.total() > n) {
-            None => Ok(plan),
+        let with = |kept: usize| -> Result<StepPlan> {
+            let kv = KvLayout {
+                layers: 1 + kept,
+                slots: samples,
+                // A sample ends within a page.
+                pages: (1 + kept) * (rows / PAGE + samples),
+                pages_per_seq: rows.div_ceil(PAGE),
+                kv_heads: config.kv_heads,
+                head_dim: config.head_dim,
+                dtype: DType::F32,
+            };
+            let mut at = Placer::default();
+            let buffers =
+                StepBuffers::place(config, first, routed, kept, distill, limits, &mut at).ok_or_else(too_large)?;
+            let (arena, ints) = (at.bytes as u64, (at.ints * 4) as u64);
+            let workspace = backend.training_workspace(&largest, &kv)? as u64;
+            Ok(StepPlan { limits, weights, arena, ints, workspace, kv, first, kept, buffers })
+        };
+        let plan = with(0)?;
+        let available = allowed(memory, backend.info().free_memory);
+        match available.filter(|&n| plan.total() > n) {
+            None => {
+                let spare = available.map_or(0, |n| n - plan.total());
+                let most = plan.total() + if memory.is_some() { spare } else { spare / 2 };
+                let layers = if recompute { 0 } else { config.layers - first };
+                let larger = (1..=layers).rev().find_map(|kept| with(kept).ok().filter(|plan| plan.total() <= most));
+                Ok(larger.unwrap_or(plan))
+            }
             Some(available) => Err(Error::new(
                 Kind::Memory,
                 format!(
@@ -164,7 +194,7 @@ impl StepPlan {
                     Size(available),
                     Size(weights),
                     Size(plan.total() - weights),
-                    Size(buffers.saved.bytes() as u64),
+                    Size(plan.buffers.saved.bytes() as u64),
                     config.layers - 1,
                 ),
             )
@@ -188,6 +218,7 @@ impl StepBuffers {
         c: &Config,
         first: usize,
         routed: usize,
+        kept: usize,
         distill: bool,
         limits: StepLimits,
         at: &mut Placer,
@@ -198,6 +229,14 @@ impl StepBuffers {
         let mut mat = |rows: usize, cols: usize| at.mat(rows, cols, DType::F32);
         let (x, d_x) = (mat(rows, c.hidden)?, mat(rows, c.hidden)?);
         let saved = mat((c.layers - first).checked_mul(rows)?, c.hidden)?;
+        let all = kept.checked_mul(rows)?;
+        let kept = Kept {
+            x: mat(all, c.hidden)?,
+            q: mat(all, c.q_rows())?,
+            attn: mat(all, c.q_rows())?,
+            gate: mat(all, c.intermediate)?,
+            up: mat(all, c.intermediate)?,
+        };
         let (h, d_h) = (mat(rows, c.hidden)?, mat(rows, c.hidden)?);
         let angles = mat(rows, c.head_dim)?;
         let (gate, d_mask) = (mat(rows, 1)?, mat(rows, 1)?);
@@ -216,6 +255,7 @@ impl StepBuffers {
             x,
             d_x,
             saved,
+            kept,
             h,
             d_h,
             angles,

@@ -13,6 +13,7 @@ use crate::backend as ops;
 pub struct Backward {
     norm: Function,
     rope: Function,
+    swiglu_kept: Function,
     swiglu: Function,
     row_dots: Function,
     gate: [Function; 3],
@@ -40,6 +41,7 @@ impl Backward {
         Ok(Backward {
             norm: find("norm_backward")?,
             rope: find("rope_backward")?,
+            swiglu_kept: find("swiglu_kept")?,
             swiglu: find("swiglu_backward")?,
             row_dots: find("row_dots")?,
             gate: [find("gate_slopes")?, find("gate_partial")?, find("gate_sum")?],
@@ -101,6 +103,18 @@ impl CudaBackend {
     fn in_f32(&self, op: GradientKind) -> Result<()> {
         let types = (self.info.activations, self.info.kv);
         ensure!(types == (DType::F32, DType::F32), Unsupported, "{}: activations and K/V in {types:?}", op.name());
+        Ok(())
+    }
+
+    /// g and u of a SwiGLU.
+    fn gate_up(&mut self, op: GradientKind, of: &GateUp, gate: Mat, up: Mat) -> Result<()> {
+        let [h, to_gate, to_up] = self.mats(op, [of.h, gate, up])?;
+        for (weight, bias, to) in [(of.gate, of.gate_bias, to_gate), (of.up, of.up_bias, to_up)] {
+            self.inner_matrix(op, weight)?;
+            let gemm = self.product(weight, Address(h as u64), gate.rows, Address(to as u64), DType::F32);
+            self.bias(op, bias, &gemm)?;
+            self.gemm(op, &Gemm { add: bias.is_some(), ..gemm })?;
+        }
         Ok(())
     }
 
@@ -239,23 +253,35 @@ impl Gradients for CudaBackend {
         self.launch(OP, self.functions.backward.norm, a_row_a_block(a.rows.len, width), &args)
     }
 
+    fn swiglu_kept(&mut self, a: &SwiGluKept) -> Result<()> {
+        const OP: GradientKind = GradientKind::SwiGluKept;
+        a.check()?;
+        self.in_f32(OP)?;
+        let Mat { rows, cols: width, .. } = a.out;
+        self.account(Gradient::SwiGluKept(*a), rows_only(rows))?;
+        if rows == 0 {
+            return Ok(());
+        }
+        self.gate_up(OP, &a.of, a.gate, a.up)?;
+        let [gate, up, out] = self.mats(OP, [a.gate, a.up, a.out])?;
+        let args = SwiGluKeptArgs { gate: gate.cast(), up: up.cast(), out: out.cast(), width: width as u32 };
+        self.launch(OP, self.functions.backward.swiglu_kept, a_row_a_block(rows, width), &args)
+    }
+
     fn swiglu_backward(&mut self, a: &SwiGluBackward) -> Result<()> {
         const OP: GradientKind = GradientKind::SwiGluBackward;
         a.check()?;
         self.in_f32(OP)?;
         let (Mat { rows, cols: width, .. }, dots) = (a.d_act, a.dots.map(|(_, dots)| dots));
-        let mats = [a.h, a.d_act, a.d_gate, a.d_up, dots.unwrap_or(Self::no_mat())];
-        let [h, d_act, gate, up, dots_at] = self.mats(OP, mats)?;
+        let mats = [a.d_act, a.d_gate, a.d_up, dots.unwrap_or(Self::no_mat())];
+        let [d_act, gate, up, dots_at] = self.mats(OP, mats)?;
         let [index] = self.int(OP, [a.dots.map_or(Ints { offset: 0, len: 0 }, |(at, _)| at)])?;
         self.account(Gradient::SwiGluBackward(*a), rows_only(rows))?;
         if rows == 0 {
             return Ok(());
         }
-        for (weight, bias, to) in [(a.gate, a.gate_bias, gate), (a.up, a.up_bias, up)] {
-            self.inner_matrix(OP, weight)?;
-            let gemm = self.product(weight, Address(h as u64), rows, Address(to as u64), DType::F32);
-            self.bias(OP, bias, &gemm)?;
-            self.gemm(OP, &Gemm { add: bias.is_some(), ..gemm })?;
+        if let Some(of) = &a.again {
+            self.gate_up(OP, of, a.d_gate, a.d_up)?;
         }
         let args = SwiGluBackwardArgs {
             d_act: d_act.cast(),

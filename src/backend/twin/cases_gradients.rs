@@ -12,6 +12,7 @@ pub fn cases(kind: GradientKind, types: Types) -> Vec<Case> {
         GradientKind::Loss => loss(types),
         GradientKind::BackProject => back_project(types),
         GradientKind::NormBackward => norm_backward(types),
+        GradientKind::SwiGluKept => swiglu_kept(types),
         GradientKind::SwiGluBackward => swiglu_backward(types),
         GradientKind::AttendBackward => attend_backward(types),
         GradientKind::RopeBackward => rope_backward(types),
@@ -137,27 +138,59 @@ fn norm_backward(types: Types) -> Vec<Case> {
     cases
 }
 
+/// The projections of a SwiGLU for some rows; the second bias where there is a first one and `both`.
+fn gate_up(s: &mut Setup, rows: usize, n: usize, hidden: usize, dtype: DType, biased: bool, both: bool) -> GateUp {
+    let h = s.mat(rows + 1, hidden, DType::F32);
+    (0..rows).for_each(|row| s.fill_row(h, row, |col| activation(row, col)));
+    let [gate, up] = ["gate", "up"].map(|tag| s.weight(tag, n, hidden, dtype));
+    let [gate_bias, up_bias] =
+        [("gate bias", biased), ("up bias", biased && both)].map(|(tag, is)| is.then(|| s.vector(tag, n, dtype)));
+    GateUp { h, gate, up, gate_bias, up_bias }
+}
+
+const SWIGLU_ROWS: [usize; 4] = [0, 1, 7, 33];
+const SWIGLU_SHAPES: [(usize, usize); 4] = [(1, 1), (17, 31), (64, 97), (145, 300)];
+
+fn swiglu_kept(types: Types) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (i, rows) in SWIGLU_ROWS.into_iter().enumerate() {
+        for (j, (hidden, n)) in SWIGLU_SHAPES.into_iter().enumerate() {
+            let (hidden, n, biased) = (types.width(hidden), types.width(n), (i + j) % 2 == 0);
+            let dtype = types.weights[(i + j) % types.weights.len()];
+            let mut s = Setup::new(types);
+            let of = gate_up(&mut s, rows, n, hidden, dtype, biased, i % 2 == 0);
+            let [gate, up, out] = [(); 3].map(|()| empty(&mut s, rows, n));
+            let text = format!("swiglu_kept {rows} rows x [{n}, {hidden}] {dtype}, biases {biased}");
+            cases.push(s.case(text, Gradient::SwiGluKept(SwiGluKept { of, gate, up, out })));
+        }
+    }
+    cases
+}
+
 fn swiglu_backward(types: Types) -> Vec<Case> {
     let mut cases = Vec::new();
-    let shapes = [(1, 1), (17, 31), (64, 97), (145, 300)];
-    for (i, rows) in [0, 1, 7, 33].into_iter().enumerate() {
-        for (j, (hidden, n)) in shapes.into_iter().enumerate() {
+    for (i, rows) in SWIGLU_ROWS.into_iter().enumerate() {
+        for (j, (hidden, n)) in SWIGLU_SHAPES.into_iter().enumerate() {
             let (hidden, n) = (types.width(hidden), types.width(n));
-            let (biased, dotted) = ((i + j) % 2 == 0, (i + j / 2) % 2 == 1);
+            let (biased, dotted, kept) = ((i + j) % 2 == 0, (i + j / 2) % 2 == 1, j == 3);
             let dtype = types.weights[(i + j) % types.weights.len()];
             let mut s = Setup::new(types);
             let index = spread(rows);
-            let h = s.mat(rows + 1, hidden, DType::F32);
-            (0..rows).for_each(|row| s.fill_row(h, row, |col| activation(row, col)));
-            let [gate, up] = ["gate", "up"].map(|tag| s.weight(tag, n, hidden, dtype));
-            let [gate_bias, up_bias] = [("gate bias", biased), ("up bias", biased && i % 2 == 0)]
-                .map(|(tag, is)| is.then(|| s.vector(tag, n, dtype)));
             let d_act = filled(&mut s, "d_act", rows, n);
-            let [d_gate, d_up] = [(); 2].map(|()| empty(&mut s, rows, n));
+            let again = (!kept).then(|| gate_up(&mut s, rows, n, hidden, dtype, biased, i % 2 == 0));
+            let [d_gate, d_up] = ["g", "u"].map(|tag| match kept {
+                true => filled(&mut s, tag, rows, n),
+                false => empty(&mut s, rows, n),
+            });
             let out = scattered(&mut s, "dots", &index, 1);
             let dots = dotted.then(|| (s.ints(&index), out));
-            let op = SwiGluBackward { h, gate, up, gate_bias, up_bias, d_act, d_gate, d_up, dots };
-            let text = format!("swiglu_backward {rows} rows x [{n}, {hidden}] {dtype}, biases {biased}, dots {dotted}");
+            let op = SwiGluBackward { again, d_act, d_gate, d_up, dots };
+            let text = match kept {
+                true => format!("swiglu_backward {rows} rows of {n}, kept, dots {dotted}"),
+                false => {
+                    format!("swiglu_backward {rows} rows x [{n}, {hidden}] {dtype}, biases {biased}, dots {dotted}")
+                }
+            };
             cases.push(s.case(text, Gradient::SwiGluBackward(op)));
         }
     }

@@ -114,6 +114,7 @@ impl Bench {
         let scale = (c.head_dim as f32).sqrt().recip();
         let (head_dim, kv_heads) = (c.head_dim, c.kv_heads);
         let (first, end) = (b.first.slice(0..rows), b.end.slice(0..rows));
+        let gate_up = GateUp { h: b.h, gate: own.gate, up: own.up, gate_bias: None, up_bias: None };
         match kind {
             GradientKind::CopyRows => Gradient::CopyRows(CopyRows { src: Some(b.x.rows(0..rows)), out: g.d_x }),
             GradientKind::Loss => {
@@ -143,12 +144,11 @@ impl Bench {
                 gate: Some((self.router, g.d_mask)),
                 d_x: g.d_x,
             }),
+            GradientKind::SwiGluKept => {
+                Gradient::SwiGluKept(SwiGluKept { of: gate_up, gate: g.d_gate, up: g.d_up, out: g.d_act })
+            }
             GradientKind::SwiGluBackward => Gradient::SwiGluBackward(SwiGluBackward {
-                h: b.h,
-                gate: own.gate,
-                up: own.up,
-                gate_bias: None,
-                up_bias: None,
+                again: Some(gate_up),
                 d_act: g.d_act,
                 d_gate: g.d_gate,
                 d_up: g.d_up,

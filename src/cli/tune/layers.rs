@@ -37,7 +37,7 @@ impl Tune {
             costs
         } else {
             let rows = samples.iter().map(|s| s.inputs().len()).max().unwrap_or(1).max(AT_ONCE.min(base.max_length));
-            let mut tuner = self.tuner(base, 0..count, rows)?;
+            let mut tuner = self.tuner(base, 0..count, rows, true)?;
             let mut bar = Bar::new("measuring layers {wide_bar} {pos}/{len} {eta} left", 0, samples.len());
             let costs = LayerCosts::measure(&mut tuner, &samples, goal, &mut |done| {
                 bar.show(done, "", false, || format!("measuring layers: {done} of {} samples", samples.len()));

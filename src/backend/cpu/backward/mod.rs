@@ -34,6 +34,18 @@ impl CpuBackend {
         Ok(())
     }
 
+    /// g and u of a SwiGLU.
+    fn gate_up(&mut self, kind: GradientKind, of: &GateUp, gate: Mat, up: Mat) -> Result<()> {
+        let [h, to_gate, to_up] = Self::floats(&mut self.arena, kind.name(), [of.h, gate, up])?;
+        let source = Source { data: h, width: of.h.cols, index: None, rows: gate.rows };
+        let products = [
+            (0, linear(&self.weights, of.gate, of.gate_bias), to_gate.chunks_exact_mut(gate.cols)),
+            (0, linear(&self.weights, of.up, of.up_bias), to_up.chunks_exact_mut(up.cols)),
+        ];
+        linear::products(&self.threads, &mut self.halves, Put::Store, &[source], products);
+        Ok(())
+    }
+
     /// [`CpuBackend::arena`] for a backward op.
     fn buffers<const N: usize>(&mut self, kind: GradientKind, mats: [Mat; N]) -> Result<[&mut [f32]; N]> {
         Self::floats(&mut self.arena, kind.name(), mats)
@@ -121,18 +133,27 @@ impl Gradients for CpuBackend {
         self.count(GradientKind::NormBackward, args.cost(rows_only(args.rows.len)))
     }
 
+    fn swiglu_kept(&mut self, args: &SwiGluKept) -> Result<()> {
+        args.check()?;
+        let (width, level) = (args.out.cols, self.threads.level);
+        self.gate_up(GradientKind::SwiGluKept, &args.of, args.gate, args.up)?;
+        let [gate, up, out] = self.buffers(GradientKind::SwiGluKept, [args.gate, args.up, args.out])?;
+        let rows = out.par_chunks_mut(width).zip(gate.par_chunks(width)).zip(up.par_chunks(width));
+        rows.with_min_len(FEW_ROWS).for_each(|((out, gate), up)| {
+            dispatch!(level, simd => rows::swiglu(simd, gate, up, out));
+        });
+        self.count(GradientKind::SwiGluKept, args.cost(rows_only(args.out.rows)))
+    }
+
     fn swiglu_backward(&mut self, args: &SwiGluBackward) -> Result<()> {
         args.check()?;
         let (rows, width, level) = (args.d_act.rows, args.d_act.cols, self.threads.level);
-        let (at, dots) = args.dots.map_or((None, args.h.rows(0..0)), |(at, dots)| (Some(at), dots));
-        let mats = [args.h, args.d_act, args.d_gate, args.d_up, dots];
-        let [h, d_act, d_gate, d_up, dots] = Self::floats(&mut self.arena, "swiglu_backward", mats)?;
-        let source = Source { data: h, width: args.h.cols, index: None, rows };
-        let products = [
-            (0, linear(&self.weights, args.gate, args.gate_bias), d_gate.chunks_exact_mut(width)),
-            (0, linear(&self.weights, args.up, args.up_bias), d_up.chunks_exact_mut(width)),
-        ];
-        linear::products(&self.threads, &mut self.halves, Put::Store, &[source], products);
+        if let Some(of) = &args.again {
+            self.gate_up(GradientKind::SwiGluBackward, of, args.d_gate, args.d_up)?;
+        }
+        let (at, dots) = args.dots.map_or((None, args.d_act.rows(0..0)), |(at, dots)| (Some(at), dots));
+        let mats = [args.d_act, args.d_gate, args.d_up, dots];
+        let [d_act, d_gate, d_up, dots] = Self::floats(&mut self.arena, "swiglu_backward", mats)?;
         let mut none = vec![0.0; if at.is_none() { rows } else { 0 }];
         let dots: Vec<&mut f32> = match at {
             Some(at) => listed(dots, 1, &of(&self.ints, at)[..rows]).map(|dot| &mut dot[0]).collect(),
@@ -140,7 +161,7 @@ impl Gradients for CpuBackend {
         };
         let rows_of = d_gate.par_chunks_mut(width).zip(d_up.par_chunks_mut(width)).zip(d_act.par_chunks(width));
         rows_of.zip(dots).with_min_len(FEW_ROWS).for_each(|(((gate, up), d_act), dot)| {
-            *dot += dispatch!(level, simd => rows::swiglu(simd, gate, up, d_act));
+            *dot += dispatch!(level, simd => rows::swiglu_backward(simd, gate, up, d_act));
         });
         self.count(GradientKind::SwiGluBackward, args.cost(rows_only(rows)))
     }

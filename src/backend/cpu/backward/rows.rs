@@ -3,7 +3,7 @@
 use fearless_simd::f64x8;
 use fearless_simd::prelude::*;
 
-use crate::backend::cpu::simd::{LANES, V, dot_f64, exp};
+use crate::backend::cpu::simd::{LANES, V, dot_f64, exp, silu};
 
 /// The vector of a row from `at` on, with something else behind its end.
 #[inline(always)]
@@ -128,9 +128,17 @@ pub fn head<S: Simd>(simd: S, d: &mut [f32], angles: &[f32], norm: Option<(&[f32
     }
 }
 
+/// silu(g)·u.
+#[inline(always)]
+pub fn swiglu<S: Simd>(simd: S, gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for at in (0..gate.len()).step_by(LANES) {
+        store(silu(simd, load(simd, gate, at, 0.0)) * load(simd, up, at, 0.0), out, at);
+    }
+}
+
 /// The gradients of g and u in their places, for a = silu(g)·u; returns d_act·a.
 #[inline(always)]
-pub fn swiglu<S: Simd>(simd: S, gate: &mut [f32], up: &mut [f32], d_act: &[f32]) -> f32 {
+pub fn swiglu_backward<S: Simd>(simd: S, gate: &mut [f32], up: &mut [f32], d_act: &[f32]) -> f32 {
     let mut dot = f64x8::splat(simd, 0.0);
     let one = V::splat(simd, 1.0);
     for at in (0..gate.len()).step_by(LANES) {

@@ -274,7 +274,8 @@ fn swiglu_backward() {
         let list = rig.list(&(1..=rows as u32).collect::<Vec<_>>());
         let after = rig.run(&no_kv(), |be| {
             let dots = Some((list, dots));
-            be.swiglu_backward(&SwiGluBackward { h, gate, up, gate_bias, up_bias, d_act, d_gate, d_up, dots })
+            let again = Some(GateUp { h, gate, up, gate_bias, up_bias });
+            be.swiglu_backward(&SwiGluBackward { again, d_act, d_gate, d_up, dots })
         });
         let with_bias = |w, b: Option<Weight>| -> Vec<f64> {
             let (product, bias) = (project(&rig.of(h), &rig.values(w), hidden), rig.values(b.unwrap()));

@@ -130,12 +130,33 @@ impl Gradients for Reference {
         self.done(Gradient::NormBackward(*a), rows_only(rows.len()))
     }
 
+    fn swiglu_kept(&mut self, a: &SwiGluKept) -> Result<()> {
+        a.check()?;
+        const OP: GradientKind = GradientKind::SwiGluKept;
+        for i in 0..a.out.rows {
+            let h = self.row(a.of.h, i);
+            let (g, u) = (self.linear(&h, a.of.gate, a.of.gate_bias), self.linear(&h, a.of.up, a.of.up_bias));
+            for (col, (g, u)) in g.into_iter().zip(u).enumerate() {
+                self.put(OP, a.gate, i, col, g);
+                self.put(OP, a.up, i, col, u);
+                self.put(OP, a.out, i, col, g * score(g) * u);
+            }
+        }
+        self.done(Gradient::SwiGluKept(*a), rows_only(a.out.rows))
+    }
+
     fn swiglu_backward(&mut self, a: &SwiGluBackward) -> Result<()> {
         a.check()?;
         const OP: GradientKind = GradientKind::SwiGluBackward;
         for i in 0..a.d_act.rows {
-            let (h, d_act) = (self.row(a.h, i), self.row(a.d_act, i));
-            let (g, u) = (self.linear(&h, a.gate, a.gate_bias), self.linear(&h, a.up, a.up_bias));
+            let d_act = self.row(a.d_act, i);
+            let (g, u) = match a.again {
+                Some(of) => {
+                    let h = self.row(of.h, i);
+                    (self.linear(&h, of.gate, of.gate_bias), self.linear(&h, of.up, of.up_bias))
+                }
+                None => (self.row(a.d_gate, i), self.row(a.d_up, i)),
+            };
             let mut dots = 0.0;
             for (col, ((g, u), d)) in g.into_iter().zip(u).zip(d_act).enumerate() {
                 let share = score(g);
