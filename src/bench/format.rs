@@ -152,13 +152,10 @@ fn percent(share: f64) -> String {
     format!("{:.1}%", share * 100.0)
 }
 
-/// Three digits that count: 9.87, 98.7, 987, 9870.
+/// Three digits that count: 0.00987, 9.87, 98.7, 987; all of those before the point, 9870.
 pub(super) fn short(x: f64) -> String {
-    match x {
-        _ if x >= 100.0 => format!("{x:.0}"),
-        _ if x >= 10.0 => format!("{x:.1}"),
-        _ => format!("{x:.2}"),
-    }
+    let places = if x > 0.0 { 2.0 - x.log10().floor() } else { 2.0 };
+    format!("{x:.*}", places.clamp(0.0, 9.0) as usize)
 }
 
 pub(super) fn or_dash<T: ToString>(value: &Option<T>) -> String {
@@ -363,7 +360,7 @@ mod tests {
 
     #[test]
     fn numbers_are_short() {
-        let all = [0.123, 9.876, 12.345, 987.6, 12_345.6].map(short);
-        assert_eq!(all, ["0.12", "9.88", "12.3", "988", "12346"]);
+        let all = [0.0, 0.000_456_7, 0.0123, 0.1, 1.0, 9.876, 12.345, 100.0, 987.6, 12_345.6].map(short);
+        assert_eq!(all, ["0.00", "0.000457", "0.0123", "0.100", "1.00", "9.88", "12.3", "100", "988", "12346"]);
     }
 }

@@ -12,7 +12,7 @@ use tokenizers::models::unigram::Unigram;
 use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::normalizers::Precompiled;
 use tokenizers::{
-    AddedToken, DecoderWrapper, Model as _, ModelWrapper, NormalizedString, Normalizer as _, NormalizerWrapper,
+    AddedToken, DecoderWrapper, ModelWrapper, NormalizedString, Normalizer as _, NormalizerWrapper,
     PreTokenizerWrapper, Tokenizer as Pipeline,
 };
 
@@ -143,6 +143,11 @@ impl Model {
     /// The model and its highest id.
     fn build(self) -> Result<(ModelWrapper, u32)> {
         let guess = if matches!(self.vocab, Vocab::Ids(_)) { "BPE" } else { "Unigram" };
+        // Asked here: the built model would answer with a copy of its vocabulary.
+        let highest = match &self.vocab {
+            Vocab::Ids(ids) => ids.values().max().copied(),
+            Vocab::Scores(scores) => (scores.len() as u32).checked_sub(1),
+        };
         let model = match (self.r#type.as_deref().unwrap_or(guess), self.vocab) {
             ("BPE", Vocab::Ids(vocab)) => {
                 let prefix = self.continuing_subword_prefix.unwrap_or_default();
@@ -187,7 +192,6 @@ impl Model {
             }
             (kind, _) => return Err(unsupported(format!("a model of type {kind:?}"))),
         };
-        let highest = model.get_vocab().into_values().max();
         highest.map(|id| (model, id)).ok_or_else(|| broken("the vocabulary is empty"))
     }
 }
