@@ -37,7 +37,7 @@ impl FromStr for Format {
 }
 
 /// A line of a table: columns and what stands in them.
-pub(super) type Cells = Vec<(&'static str, String)>;
+pub type Cells = Vec<(&'static str, String)>;
 
 /// What has lines in a table.
 pub trait Lines: Serialize {

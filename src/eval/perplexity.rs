@@ -51,7 +51,12 @@ impl Windows {
     pub fn of(self, tokens: usize) -> Result<Vec<(usize, usize, usize)>> {
         let Windows { length, stride } = self;
         check_range("--window", length, length >= 2, "2 or more")?;
-        check_range("--stride", stride, (1..length).contains(&stride), &format!("1 to {}, less than a window", length - 1))?;
+        check_range(
+            "--stride",
+            stride,
+            (1..length).contains(&stride),
+            &format!("1 to {}, less than a window", length - 1),
+        )?;
         if tokens < 2 {
             return Err(Error::new(Kind::Argument, format!("a text of {tokens} tokens")).action("give at least two"));
         }

@@ -100,7 +100,12 @@ pub(super) fn is_space(c: char) -> bool {
 pub(super) fn capitalize(text: &str) -> String {
     let mut rest = text.chars();
     let mut first = rest.next().into_iter().flat_map(char::to_uppercase);
-    first.next().into_iter().chain(first.flat_map(char::to_lowercase)).chain(rest.as_str().to_lowercase().chars()).collect()
+    first
+        .next()
+        .into_iter()
+        .chain(first.flat_map(char::to_lowercase))
+        .chain(rest.as_str().to_lowercase().chars())
+        .collect()
 }
 
 #[cfg(test)]

@@ -97,3 +97,60 @@ impl Encoded {
 fn tail(text: &str) -> &str {
     text.char_indices().rev().nth(39).map_or(text, |(at, _)| &text[at..])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::Bundle;
+
+    fn request(context: &str, continuation: &str) -> Request {
+        Request { context: context.into(), continuation: continuation.into() }
+    }
+
+    /// The embedded model's tokenizer begins every text with a token.
+    #[test]
+    fn tokens_are_parted_as_the_harness_parts_them() {
+        let tokenizer = Bundle::embedded().unwrap().tokenizer().unwrap();
+        let ids = |text: &str| tokenizer.encode(text, true).unwrap();
+        let start = tokenizer.bos_id().unwrap();
+        let encode =
+            |context: &str, continuation: &str| request(context, continuation).encode(&tokenizer, 100).unwrap();
+
+        let plain = encode("Tom had", " a red ball");
+        assert_eq!((&plain.ids, plain.context, plain.cut), (&ids("Tom had a red ball"), ids("Tom had").len(), false));
+        assert_eq!(plain.inputs(), &plain.ids[..plain.ids.len() - 1]);
+        let targets: Vec<(usize, u32)> = plain.targets().collect();
+        assert_eq!(targets[0], (plain.context - 1, plain.ids[plain.context]));
+        assert_eq!(targets.len(), plain.ids.len() - plain.context);
+
+        // Spaces belong to what follows, and a word that goes on is parted by how many tokens the context has alone.
+        let spaces = encode("Tom had \n", " a");
+        assert_eq!((&spaces.ids, spaces.context), (&ids("Tom had \n a"), ids("Tom had").len()));
+        let within = encode("Tom had a re", "d ball");
+        assert_eq!((&within.ids, within.context), (&ids("Tom had a red ball"), ids("Tom had a re").len()));
+
+        let empty = encode("", " a ball");
+        assert_eq!((&empty.ids, empty.context), (&ids(" a ball"), 1));
+        let begun = encode("<|endoftext|>", "<|endoftext|> a");
+        assert_eq!((begun.ids[..2].to_vec(), begun.context), (vec![start; 2], 1));
+        let begun = encode("", "<|endoftext|> a");
+        assert_eq!((&begun.ids, begun.context), (&ids(" a"), 1));
+    }
+
+    #[test]
+    fn what_is_too_long_loses_its_beginning() {
+        let tokenizer = Bundle::embedded().unwrap().tokenizer().unwrap();
+        let whole = request("Tom had a red", " ball").encode(&tokenizer, 100).unwrap();
+        // The last token is not read.
+        assert!(!request("Tom had a red", " ball").encode(&tokenizer, whole.ids.len() - 1).unwrap().cut);
+        let cut = request("Tom had a red", " ball").encode(&tokenizer, whole.ids.len() - 3).unwrap();
+        assert_eq!((&cut.ids[..], cut.context, cut.cut), (&whole.ids[2..], whole.context - 2, true));
+        for (context, continuation, room, message) in [
+            ("Tom", " had a red ball and a green ball", 5, "does not fit into 5; raise --context"),
+            ("Tom", "", 100, "has no token to score; give"),
+        ] {
+            let error = request(context, continuation).encode(&tokenizer, room).unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
+}

@@ -1,8 +1,15 @@
 //! What the log-likelihoods of a task come to.
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
 
+use super::perplexity::{TextScore, Window};
+use super::request::Request;
 use super::task::{Ask, Record};
+use crate::bench::{Cells, Lines};
+use crate::error::Result;
+use crate::files;
 
 /// A mean of ones and zeros, and what it may be off by.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -25,6 +32,45 @@ pub struct TaskScore {
     pub acc_norm: Option<Mean>,
     /// Requests whose context was cut on the left to fit.
     pub cut: usize,
+}
+
+/// What was asked of the model, and what came of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Sample {
+    Choice {
+        task: String,
+        id: Option<String>,
+        choice: usize,
+        /// Whether it is the right one.
+        gold: bool,
+        context: String,
+        continuation: String,
+        loglikelihood: f64,
+    },
+    Window {
+        text: String,
+        #[serde(flatten)]
+        window: Window,
+    },
+}
+
+impl Sample {
+    pub fn choice(task: &str, record: &Record, choice: usize, request: &Request, loglikelihood: f64) -> Sample {
+        let Request { context, continuation } = request.clone();
+        let (id, gold) = (record.id.clone(), choice == record.gold);
+        Sample::Choice { task: task.into(), id, choice, gold, context, continuation, loglikelihood }
+    }
+}
+
+/// Writes samples as JSON lines, all or nothing. Errors: Io.
+pub fn save_samples(path: &Path, samples: &[Sample]) -> Result<()> {
+    files::write_atomically(path, |out| {
+        samples.iter().try_for_each(|sample| {
+            serde_json::to_writer(&mut *out, sample)?;
+            writeln!(out)
+        })
+    })
 }
 
 impl Mean {
@@ -53,6 +99,41 @@ impl TaskScore {
             acc_norm: norm.map(|norm| Mean::of(&norm)),
             cut,
         }
+    }
+}
+
+impl Lines for TaskScore {
+    const TOGETHER: &[&str] = &[];
+
+    fn lines(&self) -> Vec<Cells> {
+        let percent = |share: f64| format!("{:.2}", share * 100.0);
+        let mean = |mean: Mean| match mean.stderr {
+            Some(stderr) => format!("{} ± {}", percent(mean.mean), percent(stderr)),
+            None => percent(mean.mean),
+        };
+        vec![vec![
+            ("task", self.task.clone()),
+            ("records", self.records.to_string()),
+            ("shots", self.shots.to_string()),
+            ("acc %", mean(self.acc)),
+            ("acc_norm %", self.acc_norm.map_or("-".into(), mean)),
+        ]]
+    }
+}
+
+impl Lines for TextScore {
+    const TOGETHER: &[&str] = &[];
+
+    fn lines(&self) -> Vec<Cells> {
+        vec![vec![
+            ("text", self.text.clone()),
+            ("tokens", self.tokens.to_string()),
+            ("window", self.window.to_string()),
+            ("stride", self.stride.to_string()),
+            ("loss", format!("{:.4}", self.loss)),
+            ("perplexity", format!("{:.3}", self.perplexity)),
+            ("bits/byte", format!("{:.4}", self.bits_per_byte)),
+        ]]
     }
 }
 

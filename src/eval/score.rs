@@ -71,7 +71,10 @@ impl Work {
                 // Every sequence reads the family's beginning once.
                 let worth = shares && groups.len() > room.batch;
                 let prefix = if worth { common(groups.iter().copied().flatten()) } else { &[] };
-                Family { prefix: prefix.to_vec(), groups: groups.iter().map(|g| Group::new(g, prefix.len(), shares)).collect() }
+                Family {
+                    prefix: prefix.to_vec(),
+                    groups: groups.iter().map(|g| Group::new(g, prefix.len(), shares)).collect(),
+                }
             })
             .collect();
         Work { families, room }
@@ -182,8 +185,12 @@ fn score_wave(
     done: &mut usize,
     progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
 ) -> Result<Vec<Vec<f64>>> {
-    let begun: Vec<(Seq, &[u32])> =
-        wave.iter().zip(seqs).filter(|(g, _)| !g.prefix.is_empty()).map(|(g, (seq, _))| (*seq, &g.prefix[..])).collect();
+    let begun: Vec<(Seq, &[u32])> = wave
+        .iter()
+        .zip(seqs)
+        .filter(|(g, _)| !g.prefix.is_empty())
+        .map(|(g, (seq, _))| (*seq, &g.prefix[..]))
+        .collect();
     if !begun.is_empty() {
         engine.prefill(&begun)?;
     }

@@ -203,7 +203,10 @@ impl<'a> Fields<'a> {
             Value::Number(number) => number.as_u64().and_then(|index| index.try_into().ok()),
             Value::String(text) => {
                 let text = text.trim();
-                labels.iter().position(|label| label == text).or_else(|| text.parse().ok().filter(|_| labels.is_empty()))
+                labels
+                    .iter()
+                    .position(|label| label == text)
+                    .or_else(|| text.parse().ok().filter(|_| labels.is_empty()))
             }
             _ => None,
         };
@@ -228,7 +231,8 @@ fn record(row: &Value, task: Option<Task>) -> Read<Record> {
         Some(task) if !fields.has("context") && !fields.has("contexts") => {
             if task == Task::Mmlu && fields.has("subject") {
                 let subject = fields.text(&["subject"])?.replace('_', " ");
-                description = format!("The following are multiple choice questions (with answers) about {subject}.\n\n");
+                description =
+                    format!("The following are multiple choice questions (with answers) about {subject}.\n\n");
             }
             known(fields, task)?
         }
@@ -240,7 +244,9 @@ fn record(row: &Value, task: Option<Task>) -> Read<Record> {
         }
     };
     let (n, empty) = match &ask {
-        Ask::Choices { context, choices } => (choices.len(), context.is_empty() && choices.iter().any(String::is_empty)),
+        Ask::Choices { context, choices } => {
+            (choices.len(), context.is_empty() && choices.iter().any(String::is_empty))
+        }
         Ask::Contexts { contexts, continuation } => (contexts.len(), continuation.is_empty()),
     };
     match n {
@@ -383,4 +389,184 @@ fn clean(text: &str) -> String {
         rest = &rest[skipped..];
     }
     (kept + rest).replace("  ", " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// Reads a file of that name with that text.
+    fn open(name: &str, text: &str, task: Option<Task>) -> Result<Vec<Record>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        read(&path, task)
+    }
+
+    /// Whatever way a task is published in, it comes to the same prompt, choices and gold.
+    #[track_caller]
+    fn same(task: Task, files: &[(&str, &str)], context: &str, choices: &[&str], gold: usize) {
+        for (name, text) in files {
+            let records = open(name, text, Some(task)).unwrap();
+            assert_eq!(records.len(), 1);
+            let choices = choices.iter().map(|choice| choice.to_string()).collect();
+            let ask = Ask::Choices { context: context.into(), choices };
+            assert_eq!((&records[0].ask, records[0].gold), (&ask, gold), "{text}");
+        }
+    }
+
+    #[test]
+    fn arc_and_openbookqa_in_three_forms() {
+        let own = r#"{"id": "M_1", "question": {"stem": "Why?", "choices": [{"text": "As.", "label": "A"},
+            {"text": "So.", "label": "B"}]}, "answerKey": "B"}"#
+            .replace('\n', " ");
+        let hub = r#"{"id": "M_1", "question": "Why?", "choices": {"text": ["As.", "So."], "label": ["1", "2"]}, "answerKey": "2"}"#;
+        let short = r#"{"id": "M_1", "question": "Why?", "choices": ["As.", "So."], "gold": 1}"#;
+        let files = [("a.jsonl", &own[..]), ("a.jsonl", hub), ("a.jsonl", short)];
+        same(Task::ArcChallenge, &files, "Question: Why?\nAnswer:", &["As.", "So."], 1);
+        let stem = hub.replace("\"question\"", "\"question_stem\"").replace("\"2\"}", "\" 2\"}");
+        same(Task::OpenBookQa, &[files[0], ("o.jsonl", &stem[..]), files[2]], "Why?", &["As.", "So."], 1);
+        assert_eq!(open("a.jsonl", hub, Some(Task::ArcEasy)).unwrap()[0].id.as_deref(), Some("M_1"));
+    }
+
+    #[test]
+    fn boolq_and_rte_in_the_forms_of_glue_and_superglue() {
+        let own = r#"{"question": "is it so", "title": "It", "answer": true, "passage": "It is."}"#;
+        let glue = r#"{"question": "is it so", "passage": "It is.", "idx": 3, "label": 1}"#;
+        let context = "It is.\nQuestion: is it so?\nAnswer:";
+        same(Task::BoolQ, &[("b.jsonl", own), ("b.jsonl", glue)], context, &["no", "yes"], 1);
+
+        let hub = r#"{"sentence1": "It \"is\".", "sentence2": "It was.", "label": 1, "idx": 0}"#;
+        let superglue = r#"{"premise": "It \"is\".", "hypothesis": "It was.", "label": "not_entailment", "idx": 0}"#;
+        let tsv = "index\tsentence1\tsentence2\tlabel\n0\tIt \"is\".\tIt was.\tnot_entailment\n";
+        let context = "It \"is\".\nQuestion: It was. True or False?\nAnswer:";
+        let files = [("r.jsonl", hub), ("r.jsonl", superglue), ("dev.tsv", tsv)];
+        same(Task::Rte, &files, context, &["True", "False"], 1);
+    }
+
+    #[test]
+    fn hellaswag_is_cleaned() {
+        let own = r#"{"ind": 4, "activity_label": "Baking", "ctx_a": "[header] How to bake [title] Mix.",
+            "ctx_b": "THEN he", "ctx": "…", "split": "val", "endings": ["eats  it [step].", " sleeps [x"], "label": 1}"#
+            .replace('\n', " ");
+        let hub = own.replace("\"label\": 1", "\"label\": \"1\"");
+        let files = [("h.jsonl", &own[..]), ("h.jsonl", &hub)];
+        let context = "Baking: How to bake. Mix. Then he";
+        same(Task::HellaSwag, &files, context, &["eats it .", "sleeps [x"], 1);
+        // As Python's re.sub(r"\[.*?\]", "", text) has it.
+        for (text, cleaned) in [("a [b [c] d] e", "a  d] e".replace("  ", " ")), ("[a\nb] [c]", "[a\nb] ".into())] {
+            assert_eq!(clean(text), cleaned);
+        }
+    }
+
+    #[test]
+    fn mmlu_of_the_hub_and_of_its_authors() {
+        let hub =
+            r#"{"question": " Which?\n", "subject": "high_school_x", "choices": ["a", "b", "c", "d"], "answer": 2}"#;
+        let csv = "\"Which?\",a,b,c,d,C\n";
+        let context = "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:";
+        let files = [("m.jsonl", hub), ("high_school_x_test.csv", csv)];
+        same(Task::Mmlu, &files, context, &["A", "B", "C", "D"], 2);
+        for (name, text) in files {
+            let description = &open(name, text, Some(Task::Mmlu)).unwrap()[0].description;
+            let wanted = "The following are multiple choice questions (with answers) about high school x.\n\n";
+            assert_eq!(description, wanted);
+        }
+        let quoted = "\"A \"\"q\"\",\nof two lines\",1,2,3,4,A\n";
+        let Ask::Choices { context, .. } = &open("x_dev.csv", quoted, Some(Task::Mmlu)).unwrap()[0].ask else {
+            panic!()
+        };
+        assert!(context.starts_with("A \"q\",\nof two lines\nA. 1"), "{context}");
+    }
+
+    #[test]
+    fn piqa_with_its_labels_within_or_beside() {
+        let hub = r#"{"goal": "To go", "sol1": "run", "sol2": "walk", "label": 1}"#;
+        let short = r#"{"id": "p", "question": "To go", "choices": ["run", "walk"], "gold": 1}"#;
+        let files = [("p.jsonl", hub), ("p.jsonl", short)];
+        same(Task::Piqa, &files, "Question: To go\nAnswer:", &["run", "walk"], 1);
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("valid.jsonl");
+        fs::write(&path, format!("{0}\n{0}\n", r#"{"goal": "To go", "sol1": "run", "sol2": "walk"}"#)).unwrap();
+        let error = read(&path, Some(Task::Piqa)).unwrap_err().to_string();
+        assert!(error.contains("line 1: no `label`, nor `gold`"), "{error}");
+        fs::write(dir.path().join("valid-labels.lst"), "1\n0\n").unwrap();
+        let gold: Vec<usize> = read(&path, Some(Task::Piqa)).unwrap().iter().map(|record| record.gold).collect();
+        assert_eq!(gold, [1, 0]);
+    }
+
+    #[test]
+    fn winogrande_has_a_context_for_each_option() {
+        let own =
+            r#"{"qID": "3", "sentence": "Ann saw Bo as _ left. ", "option1": "Ann", "option2": "Bo", "answer": "2"}"#;
+        let short = r#"{"question": "Ann saw Bo as _ left.", "choices": ["Ann", "Bo"], "gold": 1}"#;
+        for text in [own, short] {
+            let record = &open("w.jsonl", text, Some(Task::WinoGrande)).unwrap()[0];
+            let contexts = vec!["Ann saw Bo as Ann".to_string(), "Ann saw Bo as Bo".into()];
+            assert_eq!((&record.ask, record.gold), (&Ask::Contexts { contexts, continuation: "left.".into() }, 1));
+        }
+    }
+
+    #[test]
+    fn any_task_can_be_written_out() {
+        let text = r#"{"id": 7, "description": "D\n", "context": "C", "choices": ["a", "b"], "gold": 0}
+            {"contexts": ["a", "b", "c"], "continuation": "d", "gold": 2}"#;
+        for task in [None, Some(Task::Mmlu)] {
+            let records = open("any.jsonl", text, task).unwrap();
+            assert_eq!((records[0].id.as_deref(), &records[0].description[..]), (Some("7"), "D\n"));
+            assert_eq!((records.len(), records[1].gold), (2, 2));
+        }
+    }
+
+    #[test]
+    fn broken_files_are_refused() {
+        let fine = r#"{"context": "c", "choices": ["a", "b"], "gold": 1}"#;
+        let piqa = r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": "#;
+        for (text, task, message) in [
+            ("", None, "no records; give"),
+            (" \n\n", Some(Task::Piqa), "no records"),
+            ("{\"context\"", None, "line 1: EOF"),
+            ("3", None, "line 1: not a JSON object"),
+            (r#"{"question": "q", "choices": ["a", "b"], "gold": 1}"#, None, "line 1: no `context`; name the task"),
+            (r#"{"context": "c", "gold": 1}"#, None, "line 1: no `choices`"),
+            (r#"{"context": "c", "choices": [], "gold": 0}"#, None, "line 1: `gold` is 0, there are 0 choices"),
+            (r#"{"context": "c", "choices": ["a"], "gold": 0}"#, None, "there is one choice"),
+            (r#"{"context": "c", "choices": ["a", 3], "gold": 0}"#, None, "`choices` is not a list of texts"),
+            (r#"{"context": "c", "choices": ["a", "b"]}"#, None, "no `gold`"),
+            (r#"{"context": "c", "choices": ["a", "b"], "gold": 2}"#, None, "`gold` is 2, there are 2 choices"),
+            (r#"{"context": "c", "choices": ["a", "b"], "gold": -1}"#, None, "`gold` is -1"),
+            (r#"{"context": 1, "choices": ["a", "b"], "gold": 1}"#, None, "`context` is not a text"),
+            (r#"{"context": "", "choices": ["a", ""], "gold": 1}"#, None, "nothing to score"),
+            (r#"{"contexts": ["c", "d"], "gold": 1}"#, None, "no `continuation`"),
+            (&format!("{piqa}-1}}"), Some(Task::Piqa), "`label` is -1"),
+            (&format!("{piqa}null}}"), Some(Task::Piqa), "`label` is null"),
+            (r#"{"question": "No blank", "choices": ["a", "b"], "gold": 1}"#, Some(Task::WinoGrande), "no `_`"),
+            (r#"{"question": "q", "choices": ["a", "b"], "answer": 1}"#, Some(Task::Mmlu), "2 choices, MMLU has 4"),
+            (
+                r#"{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "E"}"#,
+                Some(Task::ArcEasy),
+                "`answerKey` is \"E\", the choices are A, B",
+            ),
+            (r#"{"premise": "p", "hypothesis": "h", "label": "maybe"}"#, Some(Task::Rte), "the choices are entailment"),
+            (
+                r#"{"question": {"stem": "q", "choices": "no"}, "answerKey": "A"}"#,
+                Some(Task::ArcEasy),
+                "`choices` is not a list",
+            ),
+        ] {
+            let error = open("t.jsonl", text, task).unwrap_err().to_string();
+            assert!(error.contains("t.jsonl: ") && error.contains(message) && error.contains("; "), "{text}: {error}");
+            // The line is that of the file.
+            if !text.trim().is_empty() && task.is_none() {
+                let error = open("t.jsonl", &format!("\n{fine}\n\n{text}"), None).unwrap_err().to_string();
+                assert!(error.contains("line 4: "), "{error}");
+            }
+        }
+        let error = open("dev.tsv", "index\tsentence1\n0\ta\tb\n", Some(Task::Rte)).unwrap_err().to_string();
+        assert!(error.contains("dev.tsv: line 2: "), "{error}");
+        let error = open("x_test.csv", "q,a,b\n", Some(Task::Mmlu)).unwrap_err().to_string();
+        assert!(error.contains("line 1: no `C`"), "{error}");
+    }
 }
