@@ -300,6 +300,43 @@ fn tables_are_for_people() {
 }
 
 #[test]
+fn the_table_has_a_row_for_each_routers() {
+    let dir = tempfile::tempdir().unwrap();
+    let piqa = file(&dir, "piqa.jsonl", PIQA).display().to_string();
+    let winogrande = format!("winogrande={}", file(&dir, "w.jsonl", WINOGRANDE).display());
+    let routers = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/stories/routers.safetensors");
+    let twice = format!("{routers},{routers}");
+    let out = dir.path().join("table.json");
+    let args = ["table", &piqa, &winogrande, "--prompt", "32", "--gen", "8", "--reps", "1", "--device", "cpu"];
+    let made = |routers: &str, rest: &[&str]| {
+        let output = eval(&[&args[..], &["--routers", routers], rest].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert_eq!(made(&twice, &["--format", "json", "-o", out.to_str().unwrap()]), "");
+    let rows: Value = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), 3);
+    for (i, routers) in ["none", routers, routers].into_iter().enumerate() {
+        let own = json(&[&piqa, &winogrande, "--routers", routers]);
+        let (row, mean) = (&rows[i], |value: &Value| value["mean"].as_f64().unwrap());
+        let (piqa, winogrande) = (mean(&own["tasks"][0]["acc_norm"]), mean(&own["tasks"][1]["acc"]));
+        assert_eq!((mean(&row["scores"]["piqa"]), mean(&row["scores"]["winogrande"])), (piqa, winogrande));
+        assert_eq!(row["average"].as_f64().unwrap(), (piqa + winogrande) / 2.0);
+        let delta = row["average"].as_f64().unwrap() - rows[0]["average"].as_f64().unwrap();
+        assert_eq!((row["delta"].as_f64(), row["capacity"].as_f64()), (Some(delta), own["capacity"].as_f64()));
+        assert!(row["speed"]["prefill"]["speedup"].as_f64().unwrap() > 0.0);
+    }
+    assert_eq!((&rows[0]["routing"], &rows[1]["routing"]), (&"dense".into(), &"attn_token".into()));
+    let text = made(routers, &[]);
+    for part in ["command: ", "prefill 32", "decode 8", "winogrande", "routers.safetensors", "average", "delta"] {
+        assert!(text.contains(part), "no {part:?} in {text}");
+    }
+    assert_eq!(made(routers, &["--format", "csv"]).lines().count(), 3);
+    let output = eval(&["table", &piqa, "--routers", &piqa]);
+    assert!(!output.status.success() && output.stdout.is_empty());
+}
+
+#[test]
 fn what_cannot_be_scored_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let piqa = file(&dir, "piqa.jsonl", PIQA).display().to_string();
@@ -314,7 +351,7 @@ fn what_cannot_be_scored_is_refused() {
         (&[&piqa_is(&long)], &["long.jsonl: a choice of ", "(while reading record 1); raise --context"]),
         (&["absent.jsonl"], &["absent.jsonl: ", "; check the path"]),
         (&["what=absent.jsonl"], &["\"what\" is not one of arc_challenge"]),
-        (&[], &["required"]),
+        (&[], &["there is nothing to score; name task files"]),
         (&[&piqa, "--limit", "0"], &["--limit is 0; give 1"]),
         (&[&piqa, "--shots", "3"], &["there are 2 to take them from", "; lower --shots"]),
         (&[&piqa, &piqa, "--shots", "1", "--shots-from", &piqa], &["--shots-from is for one task"]),

@@ -17,6 +17,7 @@ pub mod stats;
 
 pub use compare::{Compared, Comparison, Saved, Verdict, What, compare};
 pub use curves::charts;
+pub(crate) use format::write_lines;
 pub use format::{Cells, Format, Lines, save, write};
 pub use ideal::{Ideal, Text, ideal};
 pub use ops::{OpBench, OpsPlan, measure_ops};

@@ -1,11 +1,13 @@
 //! `mindskip eval`.
 
+mod table;
+
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use mindskip::bench::{Format, write};
 use mindskip::bundle::Bundle;
 use mindskip::engine::Engine;
@@ -16,7 +18,7 @@ use mindskip::eval::{Encoded, Record, Request, Room, Shots, Task, TaskScore, Wor
 use mindskip::model::Routing;
 use mindskip::tokenizer::Tokenizer;
 use mindskip::{Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::args::{ModelArgs, RoutingArgs, RunArgs};
 use super::generate::read_text;
@@ -30,9 +32,24 @@ use super::{Outcome, Ran, bad, print_json};
 /// openbookqa, piqa, rte or winogrande, as published; it can be left out where the file is named after it. Other files have their
 /// prompts written out: docs/quality.md has the fields.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Eval {
+    #[command(subcommand)]
+    what: Option<What>,
+    #[command(flatten)]
+    scored: Scored,
+}
+
+#[derive(Subcommand)]
+enum What {
+    Table(table::Table),
+}
+
+/// What is to be answered.
+#[derive(Args)]
+struct Asked {
     /// Records to answer, JSON lines.
-    #[arg(value_name = "[TASK=]FILE", required_unless_present = "text", value_parser = named)]
+    #[arg(value_name = "[TASK=]FILE", value_parser = named)]
     files: Vec<Named>,
     /// Answer only the first N records of each file.
     #[arg(long, value_name = "N")]
@@ -47,6 +64,12 @@ pub struct Eval {
     /// given, which is faster: they are read once.
     #[arg(long, value_name = "SEED", requires = "shots")]
     shots_seed: Option<u32>,
+}
+
+#[derive(Args)]
+struct Scored {
+    #[command(flatten)]
+    asked: Asked,
     /// A text file whose perplexity is wanted.
     #[arg(long, value_name = "FILE")]
     text: Vec<PathBuf>,
@@ -101,8 +124,9 @@ struct Prepared {
     name: String,
     records: Vec<Record>,
     requests: Vec<Vec<Request>>,
-    cut: usize,
-    work: Work,
+    /// By record: what stands in front of it, and its requests.
+    encoded: Vec<(String, Vec<Encoded>)>,
+    shots: usize,
 }
 
 /// A text, ready to run.
@@ -115,19 +139,108 @@ struct Text {
 impl Eval {
     pub fn run(self) -> Ran {
         let _noted = catch_interrupts();
+        match self.what {
+            Some(What::Table(table)) => table.run(),
+            None => self.scored.run(),
+        }
+    }
+}
+
+impl Asked {
+    /// Reads and tokenises everything. A request has room for as many tokens.
+    fn prepare(&self, tokenizer: &Tokenizer, room: usize) -> Result<Vec<Prepared>> {
+        if self.shots_from.is_some() && self.files.len() > 1 {
+            return bad("--shots-from is for one task, there are several", "run them one by one");
+        }
+        if self.limit == Some(0) {
+            return bad("--limit is 0", "give 1 or more");
+        }
+        self.files.iter().map(|file| self.task(file, tokenizer, room)).collect()
+    }
+
+    fn task(&self, file: &Named, tokenizer: &Tokenizer, room: usize) -> Result<Prepared> {
+        let all = task::read(&file.path, file.task)?;
+        let others = self.shots_from.as_deref().map(|path| task::read(path, file.task)).transpose()?;
+        let spare = others.is_none() || file.task.is_some_and(Task::is_drawn_with_spare);
+        let mut shots = Shots::new(others.as_deref().unwrap_or(&all), self.shots, self.shots_seed, spare);
+        let records: Vec<Record> = all.iter().take(self.limit.unwrap_or(usize::MAX)).cloned().collect();
+        let (mut requests, mut encoded) = (Vec::new(), Vec::new());
+        for (number, record) in (1..).zip(&records) {
+            let of = |e: Error| e.during(format!("reading record {number}")).at(&file.path);
+            let before = shots.before(record).map_err(of)?;
+            let asked = record.requests(&before);
+            let ids = asked.iter().map(|request| request.encode(tokenizer, room)).collect::<Result<_>>().map_err(of)?;
+            requests.push(asked);
+            encoded.push((before, ids));
+        }
+        Ok(Prepared { name: file.name(), records, requests, encoded, shots: self.shots })
+    }
+}
+
+impl Prepared {
+    fn score(&self, engine: &mut Engine, work: &Work) -> Result<(TaskScore, Vec<Vec<f64>>)> {
+        let name = &self.name;
+        let all = self.requests.iter().map(Vec::len).sum();
+        let mut bar = Bar::new(&format!("{} {{wide_bar}} {{pos}}/{{len}} {{eta}} left", plain(name)), 0, all);
+        let found = score(engine, work, &mut |done| {
+            bar.show(done, "", false, || format!("{name}: {done} of {all} choices"));
+            stop()
+        })?;
+        let cut = self.encoded.iter().flat_map(|(_, requests)| requests).filter(|request| request.cut).count();
+        Ok((TaskScore::of(name, self.shots, cut, &self.records, &found), found))
+    }
+
+    fn samples(&self, found: &[Vec<f64>]) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        for ((record, requests), found) in self.records.iter().zip(&self.requests).zip(found) {
+            let asked = requests.iter().zip(found).enumerate();
+            samples.extend(asked.map(|(i, (request, &found))| Sample::choice(&self.name, record, i, request, found)));
+        }
+        samples
+    }
+}
+
+/// What all of some work needs.
+fn room<'a>(works: impl IntoIterator<Item = &'a Work>) -> Room {
+    works.into_iter().map(Work::room).fold(Room { batch: 1, context: 1, rows: 1 }, |sum, own| Room {
+        batch: sum.batch.max(own.batch),
+        context: sum.context.max(own.context),
+        rows: sum.rows.max(own.rows),
+    })
+}
+
+fn works(tasks: &[Prepared], routing: Option<&Routing>) -> Vec<Work> {
+    if routing.is_some_and(|routing| !can_share(routing)) && !tasks.is_empty() {
+        eprintln!("whole prompts decide what is active: every choice is a prompt of its own, and shares no K/V");
+    }
+    tasks.iter().map(|task| Work::new(task.encoded.clone(), routing)).collect()
+}
+
+impl Scored {
+    fn run(self) -> Ran {
+        if self.asked.files.is_empty() && self.text.is_empty() {
+            return Ok(bad("there is nothing to score", "name task files, or a text with --text")?);
+        }
         let bundle = self.model.load()?;
         let name = bundle.name.clone();
         let routing = self.routing.routing(&bundle)?;
-        let (tasks, texts) = self.prepare(&bundle, routing.as_ref())?;
-        if routing.as_ref().is_some_and(|routing| !can_share(routing)) && !tasks.is_empty() {
-            eprintln!("whole prompts decide what is active: every choice is a prompt of its own, and shares no K/V");
-        }
+        let tokenizer = bundle.tokenizer()?;
+        let tasks = self.asked.prepare(&tokenizer, self.run.context.unwrap_or(bundle.config.context))?;
+        let text = |path: &PathBuf| {
+            let text = read_text(path)?;
+            Ok(Text { name: path.display().to_string(), bytes: text.len(), ids: tokenizer.encode(&text, true)? })
+        };
+        let texts: Vec<Text> = self.text.iter().map(text).collect::<Result<_>>()?;
         let windows = self.windows(&bundle);
-        let mut engine = self.engine(bundle, routing, &tasks, &texts, windows)?;
+        let works = works(&tasks, routing.as_ref());
+        let mut engine = self.engine(bundle, routing, room(&works), &texts, windows)?;
         let start = Instant::now();
-        let mut samples = Vec::new();
-        let tasks: Vec<TaskScore> =
-            tasks.iter().map(|task| self.score(&mut engine, task, &mut samples)).collect::<Result<_>>()?;
+        let (mut scores, mut samples) = (Vec::new(), Vec::new());
+        for (task, work) in tasks.iter().zip(&works) {
+            let (score, found) = task.score(&mut engine, work)?;
+            scores.push(score);
+            samples.extend(task.samples(&found));
+        }
         let texts: Vec<TextScore> =
             texts.iter().map(|text| read(&mut engine, text, windows, &mut samples)).collect::<Result<_>>()?;
         let seconds = start.elapsed().as_secs_f64();
@@ -137,20 +250,19 @@ impl Eval {
         let usage = Usage::of(&mut engine)?;
         let routing = routing_line(engine.routing());
         if self.json {
-            let mut value = json!({"model": name, "routing": routing, "tasks": tasks, "texts": texts});
-            let rest = json!({"capacity": usage.capacity(), "tokens": usage.activity.tokens, "seconds": seconds});
-            if let (Value::Object(value), Value::Object(rest)) = (&mut value, rest) {
-                value.extend(rest);
-            }
-            print_json(&value)?;
+            let (capacity, tokens) = (usage.capacity(), usage.activity.tokens);
+            print_json(&json!({
+                "model": name, "routing": routing, "tasks": scores, "texts": texts,
+                "capacity": capacity, "tokens": tokens, "seconds": seconds,
+            }))?;
             return Ok(Outcome::Done);
         }
         let mut out = io::stdout().lock();
         writeln!(out, "{name}; {routing}")?;
-        for cut in tasks.iter().filter(|task| task.cut > 0) {
+        for cut in scores.iter().filter(|task| task.cut > 0) {
             writeln!(out, "{}: {} requests lost the beginning of their context", cut.task, cut.cut)?;
         }
-        write(Format::Md, &tasks, &mut out)?;
+        write(Format::Md, &scores, &mut out)?;
         write(Format::Md, &texts, &mut out)?;
         if !usage.layers.is_empty() {
             writeln!(out, "\ncapacity {:.1}% of the routed layers", usage.capacity() * 100.0)?;
@@ -161,67 +273,24 @@ impl Eval {
         Ok(Outcome::Done)
     }
 
-    /// Reads and tokenises everything before anything runs.
-    fn prepare(&self, bundle: &Bundle, routing: Option<&Routing>) -> Result<(Vec<Prepared>, Vec<Text>)> {
-        if self.shots_from.is_some() && self.files.len() > 1 {
-            return bad("--shots-from is for one task, there are several", "run them one by one");
-        }
-        if self.limit == Some(0) {
-            return bad("--limit is 0", "give 1 or more");
-        }
-        let tokenizer = bundle.tokenizer()?;
-        let room = self.run.context.unwrap_or(bundle.config.context);
-        let tasks = self.files.iter().map(|file| self.task(file, &tokenizer, room, routing)).collect::<Result<_>>()?;
-        let text = |path: &PathBuf| {
-            let text = read_text(path)?;
-            Ok(Text { name: path.display().to_string(), bytes: text.len(), ids: tokenizer.encode(&text, true)? })
-        };
-        Ok((tasks, self.text.iter().map(text).collect::<Result<_>>()?))
-    }
-
-    fn task(&self, file: &Named, tokenizer: &Tokenizer, room: usize, routing: Option<&Routing>) -> Result<Prepared> {
-        let all = task::read(&file.path, file.task)?;
-        let from = self.shots_from.as_deref().filter(|_| self.shots > 0);
-        let others = from.map(|path| task::read(path, file.task)).transpose()?;
-        let spare = others.is_none() || file.task.is_some_and(Task::is_drawn_with_spare);
-        let mut shots = Shots::new(others.as_deref().unwrap_or(&all), self.shots, self.shots_seed, spare);
-        let records: Vec<Record> = all.iter().take(self.limit.unwrap_or(usize::MAX)).cloned().collect();
-        let (mut requests, mut encoded, mut cut) = (Vec::new(), Vec::new(), 0);
-        for (number, record) in (1..).zip(&records) {
-            let of = |e: Error| e.during(format!("reading record {number}")).at(&file.path);
-            let before = shots.before(record).map_err(of)?;
-            let asked = record.requests(&before);
-            let ids: Vec<Encoded> =
-                asked.iter().map(|request| request.encode(tokenizer, room)).collect::<Result<_>>().map_err(of)?;
-            cut += ids.iter().filter(|ids| ids.cut).count();
-            requests.push(asked);
-            encoded.push((before, ids));
-        }
-        Ok(Prepared { name: file.name(), records, requests, cut, work: Work::new(encoded, routing) })
-    }
-
     fn windows(&self, bundle: &Bundle) -> Windows {
         let length = self.window.unwrap_or(bundle.config.context.min(1024));
         Windows { length, stride: self.stride.unwrap_or(length / 2) }
     }
 
-    /// With room for all that is to run.
+    /// With room for the tasks and for a window of each text.
     fn engine(
         &self,
         bundle: Bundle,
         routing: Option<Routing>,
-        tasks: &[Prepared],
+        mut room: Room,
         texts: &[Text],
         windows: Windows,
     ) -> Result<Engine> {
-        let mut room = Room { batch: 1, context: 1, rows: 1 };
         for text in texts {
             windows.of(text.ids.len()).map_err(|e| e.at(&text.name))?;
             let context = windows.length.min(text.ids.len());
             room = Room { context: room.context.max(context), rows: room.rows.max(context), ..room };
-        }
-        for Room { batch, context, rows } in tasks.iter().map(|task| task.work.room()) {
-            room = Room { batch: room.batch.max(batch), context: room.context.max(context), rows: room.rows.max(rows) };
         }
         if self.run.context.is_some_and(|context| context < room.context) {
             return bad(format!("a window of {} tokens is longer than --context", windows.length), "lower --window");
@@ -229,23 +298,6 @@ impl Eval {
         let mut engine = self.run.engine(bundle, routing, room.batch, room.context, room.rows)?;
         engine.watch(|_| stop());
         Ok(engine)
-    }
-
-    fn score(&self, engine: &mut Engine, task: &Prepared, samples: &mut Vec<Sample>) -> Result<TaskScore> {
-        let name = &task.name;
-        let all = task.requests.iter().map(Vec::len).sum();
-        let mut bar = Bar::new(&format!("{} {{wide_bar}} {{pos}}/{{len}} {{eta}} left", plain(name)), 0, all);
-        let found = score(engine, &task.work, &mut |done| {
-            bar.show(done, "", false, || format!("{name}: {done} of {all} choices"));
-            stop()
-        })?;
-        drop(bar);
-        for ((record, requests), found) in task.records.iter().zip(&task.requests).zip(&found) {
-            for (choice, (request, &loglikelihood)) in requests.iter().zip(found).enumerate() {
-                samples.push(Sample::choice(name, record, choice, request, loglikelihood));
-            }
-        }
-        Ok(TaskScore::of(name, self.shots, task.cut, &task.records, &found))
     }
 }
 

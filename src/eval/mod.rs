@@ -8,6 +8,7 @@
 //! | [`score`] | log-likelihoods of requests, with shared K/V |
 //! | [`result`](mod@result) | accuracies, and what they may be off by |
 //! | [`perplexity`] | windows over a long text |
+//! | [`table`] | the paper's table: quality and speed of routers beside the dense model |
 
 pub mod perplexity;
 mod python;
@@ -15,6 +16,7 @@ pub mod request;
 pub mod result;
 pub mod score;
 pub mod shots;
+pub mod table;
 pub mod task;
 
 pub use request::{Encoded, Request};
