@@ -33,14 +33,14 @@ fn stories(routing: Option<Routing>, options: &Options) -> Engine {
 
 /// Records that begin alike, more of them than sequences, some of whose choices begin alike, over the borders of pages.
 fn records() -> Vec<(String, Vec<Encoded>)> {
-    let shots = ids(70, 1536, 1);
+    let shots = ids(40, 1536, 1);
     let record = |n: u64| {
-        let question = [&shots[..], &ids(40 + (n as usize) % 20, 1536, 100 + n)].concat();
+        let question = [&shots[..], &ids(18 + (n as usize) % 9, 1536, 100 + n)].concat();
         let choice = |i: u64| {
             let mut ids = [&question[..], &ids(1 + ((n + 3 * i) % 11) as usize, 1536, 1000 + 10 * n + i)].concat();
             // Of one record the contexts differ, too.
-            if n == 7 {
-                ids[90] = i as u32;
+            if n == 8 {
+                ids[50] = i as u32;
             }
             Encoded { ids, context: question.len(), cut: false }
         };
@@ -51,10 +51,13 @@ fn records() -> Vec<(String, Vec<Encoded>)> {
     records
 }
 
+/// Every so many records, each of whose requests is a prompt of its own in `alone`; the rest takes too long.
+const SOME: usize = 4;
+
 /// Each request as a prompt of its own.
 fn alone(engine: &mut Engine, records: &[(String, Vec<Encoded>)]) -> Vec<f32> {
     let mut found = Vec::new();
-    for request in records.iter().flat_map(|(_, requests)| requests) {
+    for request in records.iter().step_by(SOME).flat_map(|(_, requests)| requests) {
         let seq = engine.open().unwrap();
         engine.prefill(&[(seq, request.inputs())]).unwrap();
         let targets: Vec<(u32, u32)> = request.targets().map(|(row, id)| (row as u32, id)).collect();
@@ -70,17 +73,14 @@ fn shared_beginnings_change_nothing() {
         |granularity| Some(random_gates(settings(granularity, Keys::Active, Select::Threshold), &[2, 3, 6], 0.5));
     for (name, routing, shares) in [
         ("dense", None, true),
-        ("attn_token, keys all", routed("attn_token", Keys::All, Select::Threshold), true),
         ("attn_token, keys active", routed("attn_token", Keys::Active, Select::Threshold), true),
         ("block_token, keys active", routed("block_token", Keys::Active, Select::Threshold), true),
-        ("mlp_token", routed("mlp_token", Keys::All, Select::Threshold), true),
         ("a random mask", drawn("block_token"), true),
         ("attn_sequence", routed("attn_sequence", Keys::All, Select::Threshold), false),
-        ("a random mask by sequence", drawn("attn_sequence"), false),
         ("top-k", routed("attn_token", Keys::All, Select::TopK), false),
     ] {
         let records = records();
-        let work = Work::new(records.clone(), routing.as_ref());
+        let work = Work::new(&records, routing.as_ref());
         let room = work.room();
         let options = Options { rows: Some(room.rows), ..options(room.batch, room.context) };
         let mut engine = stories(routing, &options);
@@ -96,7 +96,7 @@ fn shared_beginnings_change_nothing() {
         assert_eq!(counts, records.iter().map(|(_, requests)| requests.len()).collect::<Vec<_>>());
         assert!(done > 0, "progress is told");
 
-        let found: Vec<f32> = found.into_iter().flatten().map(|x| x as f32).collect();
+        let found: Vec<f32> = found.into_iter().step_by(SOME).flatten().map(|x| x as f32).collect();
         assert_bits(name, &found, &alone(&mut engine, &records));
         let all: usize = records.iter().flat_map(|(_, requests)| requests).map(|r| r.inputs().len()).sum();
         if shares {
@@ -109,7 +109,7 @@ fn shared_beginnings_change_nothing() {
 
 #[test]
 fn scoring_can_be_broken_off() {
-    let work = Work::new(records(), None);
+    let work = Work::new(&records(), None);
     let mut engine = stories(None, &options(4, work.room().context));
     let error = score(&mut engine, &work, &mut |done| {
         if done > 8 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

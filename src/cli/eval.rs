@@ -213,7 +213,7 @@ fn works(tasks: &[Prepared], routing: Option<&Routing>) -> Vec<Work> {
     if routing.is_some_and(|routing| !can_share(routing)) && !tasks.is_empty() {
         eprintln!("whole prompts decide what is active: every choice is a prompt of its own, and shares no K/V");
     }
-    tasks.iter().map(|task| Work::new(task.encoded.clone(), routing)).collect()
+    tasks.iter().map(|task| Work::new(&task.encoded, routing)).collect()
 }
 
 impl Scored {

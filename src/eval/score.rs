@@ -60,7 +60,7 @@ struct Tail {
 impl Work {
     /// Of the requests of each record. Consecutive records whose `before` is the same are taken for a family. `routing`
     /// decides whether anything may be shared.
-    pub fn new(records: Vec<(String, Vec<Encoded>)>, routing: Option<&Routing>) -> Work {
+    pub fn new(records: &[(String, Vec<Encoded>)], routing: Option<&Routing>) -> Work {
         let context = records.iter().flat_map(|(_, requests)| requests).map(|r| r.inputs().len()).max().unwrap_or(1);
         let room = Room { batch: (HELD / context).clamp(1, BATCH), context, rows: ROWS.max(context) };
         let shares = routing.is_none_or(can_share);
