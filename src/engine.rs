@@ -179,7 +179,22 @@ pub struct Seq {
     id: u64,
 }
 
-/// The next [`Seq::id`].
+/// A place in a sequence, from [`Engine::mark`], to come back to with [`Engine::rewind`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Mark {
+    seq: Seq,
+    id: u64,
+}
+
+/// What a sequence held at a [`Mark`].
+struct Held {
+    id: u64,
+    position: usize,
+    /// `[layers]`: K/V rows.
+    rows: Vec<usize>,
+}
+
+/// The next [`Seq::id`] or [`Mark::id`].
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// How one routed layer treated the last prompt.
@@ -219,6 +234,8 @@ pub struct Engine {
     positions: Vec<usize>,
     /// `[slots]`: who has it.
     open: Vec<Option<Seq>>,
+    /// `[slots]`: marks in order.
+    marks: Vec<Vec<Held>>,
     /// `[sequences, vocab]` of the last step.
     logits: Vec<f32>,
     /// `[sequences]`, when the last step has chosen them.
@@ -247,6 +264,7 @@ impl Engine {
             weights,
             positions: vec![0; slots],
             open: vec![None; slots],
+            marks: (0..slots).map(|_| Vec::new()).collect(),
             logits: Vec::new(),
             tokens: Vec::new(),
         })
@@ -294,7 +312,39 @@ impl Engine {
             self.state.settle(self.backend.as_mut(), &self.model)?;
             self.state.kv.close(seq.slot);
             self.open[seq.slot.index()] = None;
+            self.marks[seq.slot.index()].clear();
         }
+        Ok(())
+    }
+
+    /// Remembers how far a sequence is: what follows can be given up by [`rewind`](Self::rewind), as often as one likes, so
+    /// that several continuations share the K/V of what is before them. Errors: Argument for a closed sequence.
+    pub fn mark(&mut self, seq: Seq) -> Result<Mark> {
+        ensure!(self.is_open(seq), Argument, "a sequence that was closed, or is another engine's");
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        let rows = (0..self.kv_layout().layers).map(|l| self.state.kv.len(l, seq.slot)).collect();
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let slot = seq.slot.index();
+        self.marks[slot].push(Held { id, position: self.positions[slot], rows });
+        Ok(Mark { seq, id })
+    }
+
+    /// Makes a sequence what it was at a mark, and gives the pages behind it back; marks that were made later are void. A
+    /// sequence that is decided as a whole keeps its decisions, unless nothing is before the mark.
+    ///
+    /// Errors: Argument for a closed sequence and for a void mark.
+    pub fn rewind(&mut self, mark: Mark) -> Result<()> {
+        let (seq, slot) = (mark.seq, mark.seq.slot.index());
+        ensure!(self.is_open(seq), Argument, "a sequence that was closed, or is another engine's");
+        let found = self.marks[slot].iter().position(|held| held.id == mark.id);
+        let Some(at) = found else {
+            return Err(Error::new(Kind::Argument, "the sequence was rewound to before this mark"));
+        };
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        self.marks[slot].truncate(at + 1);
+        let held = &self.marks[slot][at];
+        self.state.rewind(self.backend.as_mut(), seq.slot, &held.rows, held.position == 0)?;
+        self.positions[slot] = held.position;
         Ok(())
     }
 
@@ -414,20 +464,26 @@ impl Engine {
     }
 
     /// After [`prefill`](Self::prefill) of one sequence: the natural log-probability of `targets[i]` behind its i-th
-    /// token, for as many tokens as targets are given.
-    ///
-    /// Errors: Argument when the last step was another one, for more targets than it had tokens, and for a target beyond
-    /// the vocabulary; Numeric as in `prefill`.
+    /// token, for as many tokens as targets are given. Errors as in [`logprobs_at`](Self::logprobs_at), and Argument when
+    /// there were several sequences.
     pub fn logprobs(&mut self, targets: &[u32]) -> Result<Vec<f32>> {
-        ensure!(
-            self.state.phase() == Phase::Prefill && self.state.sequences() == 1 && targets.len() <= self.state.rows(),
-            Argument,
-            "{} targets for {} tokens of the last prefill, which is of one sequence",
-            targets.len(),
-            self.state.rows()
-        );
-        let vocab = self.model.config.vocab;
-        ensure!(targets.iter().all(|&t| (t as usize) < vocab), Argument, "a target beyond the vocabulary of {vocab}");
+        let sequences = self.state.sequences();
+        ensure!(sequences == 1, Argument, "targets of one sequence, the last step had {sequences}");
+        self.logprobs_at(&(0..).zip(targets.iter().copied()).collect::<Vec<_>>())
+    }
+
+    /// After [`prefill`](Self::prefill): the natural log-probability of each target behind a row. Rows are the tokens of that
+    /// step, those of its prompts one after the other.
+    ///
+    /// Errors: Argument when the last step was no prefill, for a row that it did not have, and for a target beyond the
+    /// vocabulary; Numeric as in `prefill`.
+    pub fn logprobs_at(&mut self, targets: &[(u32, u32)]) -> Result<Vec<f32>> {
+        let (rows, vocab) = (self.state.rows(), self.model.config.vocab);
+        ensure!(self.state.phase() == Phase::Prefill, Argument, "targets are of a prefill, the last step was none");
+        for &(row, target) in targets {
+            ensure!((row as usize) < rows, Argument, "a target behind token {row}, the last prefill had {rows}");
+            ensure!((target as usize) < vocab, Argument, "a target beyond the vocabulary of {vocab}");
+        }
         let (be, state, model) = (self.backend.as_mut(), &self.state, &self.model);
         let mut out = vec![0.0; targets.len()];
         be.step(None, &mut |be| model.logprobs(be, state, targets, &mut out))?;

@@ -11,7 +11,7 @@
 //! | the method | [`router`], [`model`], [`sample`] |
 //! | sequences and batches | [`engine`], [`generate`](mod@generate) |
 //! | Router-Tuning | [`tune`] |
-//! | measuring | [`bench`](mod@bench), [`plot`] |
+//! | measuring | [`bench`](mod@bench), [`eval`], [`plot`] |
 //!
 //! A program of ten lines that generates stands in the README. [`model`] reads like the paper; start there.
 #![deny(unsafe_code)]
@@ -23,6 +23,7 @@ pub mod chat;
 pub mod config;
 pub mod engine;
 mod error;
+pub mod eval;
 mod files;
 pub mod generate;
 pub mod generation;

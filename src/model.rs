@@ -283,15 +283,21 @@ impl Model {
         be.logits(&Logits { h: b.h, weight: self.head, out: b.logits.rows(0..n) })
     }
 
-    /// Log-probabilities of `targets`, of which the i-th follows row i of the last prefill.
-    pub(crate) fn logprobs(&self, be: &mut dyn Backend, st: &State, targets: &[u32], out: &mut [f32]) -> Result<()> {
+    /// Log-probabilities of (row of the last prefill, token behind it).
+    pub(crate) fn logprobs(
+        &self,
+        be: &mut dyn Backend,
+        st: &State,
+        targets: &[(u32, u32)],
+        out: &mut [f32],
+    ) -> Result<()> {
         let b = &st.plan.buffers;
         let at_once = b.logits.rows;
-        for (i, (targets, out)) in targets.chunks(at_once).zip(out.chunks_mut(at_once)).enumerate() {
+        for (targets, out) in targets.chunks(at_once).zip(out.chunks_mut(at_once)) {
             let n = targets.len();
-            let rows: Vec<u32> = (0..n).map(|row| (i * at_once + row) as u32).collect();
+            let (rows, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
             be.write_ints(b.head_rows, &rows)?;
-            be.write_ints(b.targets, targets)?;
+            be.write_ints(b.targets, &targets)?;
             self.head(be, st, n)?;
             be.logprobs(&LogProbs {
                 logits: b.logits.rows(0..n),

@@ -381,6 +381,18 @@ impl State {
         Ok(())
     }
 
+    /// Gives up what a sequence holds behind `rows`, `[layers]`; an `emptied` one is undecided again.
+    pub fn rewind(&mut self, be: &mut dyn Backend, slot: Slot, rows: &[usize], emptied: bool) -> Result<()> {
+        for (layer, &rows) in rows.iter().enumerate() {
+            self.kv.truncate(layer, slot, rows);
+            be.kv_len(layer, slot.index(), rows)?;
+            if emptied {
+                self.decisions[layer * self.plan.kv.slots + slot.index()] = UNDECIDED;
+            }
+        }
+        Ok(())
+    }
+
     /// Forgets the last step, whose routing is another one's.
     pub fn forget(&mut self) {
         self.seqs.clear();

@@ -37,7 +37,7 @@ impl FromStr for Format {
 }
 
 /// A line of a table: columns and what stands in them.
-pub(super) type Cells = Vec<(&'static str, String)>;
+pub type Cells = Vec<(&'static str, String)>;
 
 /// What has lines in a table.
 pub trait Lines: Serialize {
@@ -49,12 +49,23 @@ pub trait Lines: Serialize {
 
 /// Writes records.
 pub fn write<R: Lines>(format: Format, records: &[R], out: &mut dyn Write) -> io::Result<()> {
+    let lines = || {
+        let mut lines: Vec<_> = records.iter().flat_map(Lines::lines).collect();
+        gather(&mut lines, R::TOGETHER);
+        lines
+    };
+    write_lines(format, records, lines, out)
+}
+
+/// Writes records, of which a table has these lines.
+pub(crate) fn write_lines<R: Serialize, N: AsRef<str>>(
+    format: Format,
+    records: &[R],
+    lines: impl FnOnce() -> Vec<Vec<(N, String)>>,
+    out: &mut dyn Write,
+) -> io::Result<()> {
     match format {
-        Format::Md => {
-            let mut lines: Vec<_> = records.iter().flat_map(Lines::lines).collect();
-            gather(&mut lines, R::TOGETHER);
-            table(lines, out)
-        }
+        Format::Md => table(lines(), out),
         Format::Csv => csv(records, out),
         Format::Json => {
             serde_json::to_writer_pretty(&mut *out, records)?;
@@ -88,30 +99,32 @@ fn gather(lines: &mut [Cells], columns: &[&str]) {
 }
 
 /// A Markdown table. What is the same in all lines stands above it, not in it.
-fn table(lines: Vec<Cells>, out: &mut dyn Write) -> io::Result<()> {
+fn table<N: AsRef<str>>(lines: Vec<Vec<(N, String)>>, out: &mut dyn Write) -> io::Result<()> {
     let Some(first) = lines.first() else { return Ok(()) };
     let same = |i: usize| lines.len() > 1 && lines.iter().all(|line| line[i].1 == first[i].1);
     let (above, columns): (Vec<_>, Vec<_>) = (0..first.len()).partition(|&i| same(i));
     for i in above {
         let (name, value) = &first[i];
         if value != "-" {
-            writeln!(out, "{name}: {value}  ")?;
+            writeln!(out, "{}: {value}  ", name.as_ref())?;
         }
     }
     writeln!(out)?;
     let widths: Vec<usize> = columns
         .iter()
-        .map(|&i| lines.iter().map(|line| line[i].1.chars().count()).chain([first[i].0.len(), 2]).max().unwrap_or(2))
+        .map(|&i| {
+            lines.iter().map(|line| line[i].1.chars().count()).chain([first[i].0.as_ref().len(), 2]).max().unwrap_or(2)
+        })
         .collect();
     let mut row = |cells: Vec<String>| writeln!(out, "| {} |", cells.join(" | "));
     let padded = |text: &str, width: usize| format!("{text:>width$}");
-    row(columns.iter().zip(&widths).map(|(&i, &width)| padded(first[i].0, width)).collect())?;
+    row(columns.iter().zip(&widths).map(|(&i, &width)| padded(first[i].0.as_ref(), width)).collect())?;
     row(widths.iter().map(|width| format!("{:->width$}", ":")).collect())?;
     lines.iter().try_for_each(|line| row(columns.iter().zip(&widths).map(|(&i, &w)| padded(&line[i].1, w)).collect()))
 }
 
 /// A column for each number of the record; those of a part begin with its name, lists are joined by spaces.
-fn csv<R: Lines>(records: &[R], out: &mut dyn Write) -> io::Result<()> {
+fn csv<R: Serialize>(records: &[R], out: &mut dyn Write) -> io::Result<()> {
     let flat: Vec<Vec<(String, String)>> = records
         .iter()
         .map(|record| {

@@ -17,7 +17,8 @@ pub mod stats;
 
 pub use compare::{Compared, Comparison, Saved, Verdict, What, compare};
 pub use curves::charts;
-pub use format::{Format, Lines, save, write};
+pub(crate) use format::write_lines;
+pub use format::{Cells, Format, Lines, save, write};
 pub use ideal::{Ideal, Text, ideal};
 pub use ops::{OpBench, OpsPlan, measure_ops};
 pub use paper::{PaperPlan, PaperRow, measure_paper};

@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod demo;
 mod doctor;
+mod eval;
 mod generate;
 mod inspect;
 mod progress;
@@ -35,6 +36,7 @@ enum Command {
     Score(score::Score),
     Inspect(inspect::Inspect),
     Bench(Box<bench::Bench>),
+    Eval(Box<eval::Eval>),
     Doctor(doctor::Doctor),
     Tune(tune::Tune),
 }
@@ -63,6 +65,7 @@ pub fn main() -> ExitCode {
         Some(Command::Score(command)) => command.run(),
         Some(Command::Inspect(command)) => command.run(),
         Some(Command::Bench(command)) => command.run(),
+        Some(Command::Eval(command)) => command.run(),
         Some(Command::Doctor(command)) => command.run(),
         Some(Command::Tune(command)) => command.run(),
     };

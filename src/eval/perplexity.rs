@@ -1,0 +1,146 @@
+//! Perplexity of a long text: windows that overlap, so that no token but the first ones has little before it.
+//!
+//! As in "Perplexity of fixed-length models" of transformers' documentation: a window begins every `stride` tokens, and
+//! counts the tokens that no window before it has counted. Every token but the first counts once; the code there weighs
+//! what a window counted by one token less.
+
+use std::ops::ControlFlow;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::Engine;
+use crate::error::{Error, Kind, Result, check_range};
+
+/// How a text is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Windows {
+    /// Tokens of a window, at least 2.
+    pub length: usize,
+    /// Tokens from the beginning of one to the next; below `length`, or the last token of a window would have no successor.
+    pub stride: usize,
+}
+
+/// A window of a text, in tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    pub begin: usize,
+    pub end: usize,
+    /// How many of the last tokens count.
+    pub counted: usize,
+    /// Of these together.
+    pub loglikelihood: f64,
+}
+
+/// A text's score.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TextScore {
+    pub text: String,
+    pub tokens: usize,
+    pub counted: usize,
+    pub window: usize,
+    pub stride: usize,
+    /// Mean negative log-likelihood of a token, in nats.
+    pub loss: f64,
+    pub perplexity: f64,
+    /// By the bytes of the text.
+    pub bits_per_byte: f64,
+}
+
+impl Windows {
+    /// Begin, end and how many tokens count, of each window.
+    pub fn of(self, tokens: usize) -> Result<Vec<(usize, usize, usize)>> {
+        let Windows { length, stride } = self;
+        check_range("--window", length, length >= 2, "2 or more")?;
+        check_range(
+            "--stride",
+            stride,
+            (1..length).contains(&stride),
+            &format!("1 to {}, less than a window", length - 1),
+        )?;
+        if tokens < 2 {
+            return Err(Error::new(Kind::Argument, format!("a text of {tokens} tokens")).action("give at least two"));
+        }
+        let mut windows: Vec<(usize, usize, usize)> = Vec::new();
+        // The first token is nobody's next.
+        let mut counted = 1;
+        for begin in (0..).step_by(stride) {
+            let end = (begin + length).min(tokens);
+            windows.push((begin, end, end - counted));
+            counted = end;
+            if end == tokens {
+                break;
+            }
+        }
+        Ok(windows)
+    }
+}
+
+/// Scores a text that was tokenised as a whole; `bytes` are the text's. The engine has room for a window. `progress` is told
+/// how many windows are done and may break off.
+///
+/// Errors: Argument for windows that make no sense; Interrupted; those of [`Engine::prefill`].
+pub fn perplexity(
+    engine: &mut Engine,
+    name: &str,
+    ids: &[u32],
+    bytes: usize,
+    windows: Windows,
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<(TextScore, Vec<Window>)> {
+    let mut found = Vec::new();
+    for (begin, end, counted) in windows.of(ids.len())? {
+        if progress(found.len()).is_break() {
+            return Err(Error::new(Kind::Interrupted, "interrupted while scoring"));
+        }
+        // The last token is read by nobody.
+        let inputs = &ids[begin..end - 1];
+        let seq = engine.open()?;
+        engine.prefill(&[(seq, inputs)])?;
+        let targets: Vec<(u32, u32)> = (end - counted..end).map(|i| ((i - 1 - begin) as u32, ids[i])).collect();
+        let loglikelihood = engine.logprobs_at(&targets)?.into_iter().map(f64::from).sum();
+        engine.close(seq)?;
+        found.push(Window { begin, end, counted, loglikelihood });
+    }
+    let sum: f64 = found.iter().map(|window| window.loglikelihood).sum();
+    let counted = ids.len() - 1;
+    let loss = -sum / counted as f64;
+    let score = TextScore {
+        text: name.into(),
+        tokens: ids.len(),
+        counted,
+        window: windows.length,
+        stride: windows.stride,
+        loss,
+        perplexity: loss.exp(),
+        bits_per_byte: -sum / bytes as f64 / std::f64::consts::LN_2,
+    };
+    Ok((score, found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_but_the_first_counts_once() {
+        let of = |length, stride, tokens| Windows { length, stride }.of(tokens).unwrap();
+        assert_eq!(of(4, 2, 9), [(0, 4, 3), (2, 6, 2), (4, 8, 2), (6, 9, 1)]);
+        assert_eq!(of(4, 3, 7), [(0, 4, 3), (3, 7, 3)]);
+        assert_eq!(of(10, 1, 5), [(0, 5, 4)]);
+        for (length, stride, tokens) in [(2, 1, 2), (5, 4, 103), (64, 7, 64), (64, 63, 65), (7, 3, 50)] {
+            let windows = of(length, stride, tokens);
+            assert_eq!(windows.iter().map(|w| w.2).sum::<usize>(), tokens - 1);
+            assert!(windows.iter().all(|&(begin, end, counted)| counted < end - begin && end - begin <= length));
+        }
+    }
+
+    #[test]
+    fn windows_that_make_no_sense_are_refused() {
+        for (length, stride, tokens, message) in
+            [(1, 1, 9, "--window is 1"), (4, 0, 9, "--stride is 0"), (4, 4, 9, "--stride is 4"), (4, 2, 1, "1 tokens")]
+        {
+            let error = Windows { length, stride }.of(tokens).unwrap_err().to_string();
+            assert!(error.contains(message) && error.contains("; give"), "{error}");
+        }
+    }
+}
