@@ -108,7 +108,7 @@ KERNEL(swiglu_kept, SwiGluKeptArgs, THREADS) {
         load8(g, args.gate + row + at);
         load8(u, args.up + row + at);
 #pragma unroll
-        for (int i = 0; i < 8; i++) g[i] *= sigmoid(g[i]) * u[i];
+        for (int i = 0; i < 8; i++) g[i] = silu(g[i]) * u[i];
         store8(args.out + row + at, g);
     }
 }

@@ -155,6 +155,11 @@ impl Asked {
         if self.limit == Some(0) {
             return bad("--limit is 0", "give 1 or more");
         }
+        let names: Vec<String> = self.files.iter().map(Named::name).collect();
+        if let Some((i, name)) = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name)) {
+            let cause = format!("{} is the second file of the task {name}", self.files[i].path.display());
+            return bad(cause, "put the records into one file, or run them one by one");
+        }
         self.files.iter().map(|file| self.task(file, tokenizer, room)).collect()
     }
 
@@ -239,14 +244,13 @@ impl Scored {
         for (task, work) in tasks.iter().zip(&works) {
             let (score, found) = task.score(&mut engine, work)?;
             scores.push(score);
-            samples.extend(task.samples(&found));
+            if self.samples.is_some() {
+                samples.extend(task.samples(&found));
+            }
         }
         let texts: Vec<TextScore> =
             texts.iter().map(|text| read(&mut engine, text, windows, &mut samples)).collect::<Result<_>>()?;
         let seconds = start.elapsed().as_secs_f64();
-        if let Some(path) = &self.samples {
-            save_samples(path, &samples)?;
-        }
         let usage = Usage::of(&mut engine)?;
         let routing = routing_line(engine.routing());
         if self.json {
@@ -255,7 +259,7 @@ impl Scored {
                 "model": name, "routing": routing, "tasks": scores, "texts": texts,
                 "capacity": capacity, "tokens": tokens, "seconds": seconds,
             }))?;
-            return Ok(Outcome::Done);
+            return self.save(&samples);
         }
         let mut out = io::stdout().lock();
         writeln!(out, "{name}; {routing}")?;
@@ -270,6 +274,12 @@ impl Scored {
         }
         out.flush()?;
         eprintln!("{} tokens in {seconds:.1} s", usage.activity.tokens);
+        self.save(&samples)
+    }
+
+    /// After the scores were printed, so that they are not lost with a full disk.
+    fn save(&self, samples: &[Sample]) -> Ran {
+        self.samples.as_ref().map_or(Ok(()), |path| save_samples(path, samples))?;
         Ok(Outcome::Done)
     }
 
@@ -289,12 +299,13 @@ impl Scored {
     ) -> Result<Engine> {
         for text in texts {
             windows.of(text.ids.len()).map_err(|e| e.at(&text.name))?;
-            let context = windows.length.min(text.ids.len());
-            room = Room { context: room.context.max(context), rows: room.rows.max(context), ..room };
+            let window = windows.length.min(text.ids.len());
+            room = Room { rows: room.rows.max(window), ..room.with_context(room.context.max(window)) };
         }
         if self.run.context.is_some_and(|context| context < room.context) {
             return bad(format!("a window of {} tokens is longer than --context", windows.length), "lower --window");
         }
+        let room = room.with_context(self.run.context.unwrap_or(room.context));
         let mut engine = self.run.engine(bundle, routing, room.batch, room.context, room.rows)?;
         engine.watch(|_| stop());
         Ok(engine)

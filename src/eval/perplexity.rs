@@ -94,13 +94,16 @@ pub fn perplexity(
         }
         // The last token is read by nobody.
         let inputs = &ids[begin..end - 1];
-        let seq = engine.open()?;
-        engine.prefill(&[(seq, inputs)])?;
         let targets: Vec<(u32, u32)> = (end - counted..end).map(|i| ((i - 1 - begin) as u32, ids[i])).collect();
-        let loglikelihood = engine.logprobs_at(&targets)?.into_iter().map(f64::from).sum();
+        let seq = engine.open()?;
+        let read = engine.prefill(&[(seq, inputs)]).map(drop);
+        let logprobs = read.and_then(|()| engine.logprobs_at(&targets).map(|found| found.to_vec()));
         engine.close(seq)?;
+        let loglikelihood = logprobs?.into_iter().map(f64::from).sum();
         found.push(Window { begin, end, counted, loglikelihood });
     }
+    // Whoever breaks off now has all of it.
+    let _ = progress(found.len());
     let sum: f64 = found.iter().map(|window| window.loglikelihood).sum();
     let counted = ids.len() - 1;
     let loss = -sum / counted as f64;

@@ -23,6 +23,13 @@ pub struct Room {
     pub rows: usize,
 }
 
+impl Room {
+    /// For longer prompts as well: fewer of them side by side, when they would take more K/V than was meant.
+    pub fn with_context(self, context: usize) -> Room {
+        Room { batch: self.batch.min((HELD / context.max(1)).max(1)), context, ..self }
+    }
+}
+
 /// Beginnings of fewer tokens are not worth a step of their own.
 const LEAST: usize = 8;
 /// Tokens of a step; more are not faster.
@@ -219,6 +226,8 @@ fn score_wave(
         }
         *done += tails.len();
     }
+    // Whoever breaks off now has these.
+    let _ = progress(*done);
     seqs.iter().take(wave.len()).try_for_each(|(_, mark)| engine.rewind(*mark))?;
     Ok(found)
 }

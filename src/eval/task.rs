@@ -151,6 +151,11 @@ fn add_labels(path: &Path, rows: &mut [(usize, Value)]) -> Result<()> {
     let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     let Some(bytes) = files::read_if_exists(&path.with_file_name(format!("{stem}-labels.lst")))? else { return Ok(()) };
     let labels = String::from_utf8_lossy(&bytes);
+    let count = labels.lines().count();
+    if count != rows.len() {
+        let cause = format!("{count} labels in {stem}-labels.lst for {} records", rows.len());
+        return Err(Error::new(Kind::Format, cause).at(path).action("take both files from the same place"));
+    }
     for ((_, row), label) in rows.iter_mut().zip(labels.lines()) {
         if let Value::Object(row) = row {
             row.entry("label").or_insert_with(|| label.trim().into());
@@ -199,8 +204,9 @@ impl<'a> Fields<'a> {
     fn index(self, names: &[&str], n: usize, labels: &[String]) -> Read<usize> {
         let (name, value) = self.any(names)?;
         let index = match value {
-            Value::Bool(value) => Some(usize::from(*value)),
-            Value::Number(number) => number.as_u64().and_then(|index| index.try_into().ok()),
+            Value::Bool(value) if n == 2 && labels.is_empty() => Some(usize::from(*value)),
+            Value::Number(number) if labels.is_empty() => number.as_u64().and_then(|index| index.try_into().ok()),
+            Value::Number(number) => labels.iter().position(|label| *label == number.to_string()),
             Value::String(text) => {
                 let text = text.trim();
                 labels

@@ -28,6 +28,10 @@ const STREAMED: usize = 4;
 /// EPYC 7003, 888 rows of 576 values: 65 GFLOP/s, 43 when all of them pass.
 const PASSED: usize = 1 << 15;
 
+/// At least so many rows pass over a panel, which is widened for them: 128 rows of 8192 values 33 to 40 GFLOP/s, 15 to 19 with
+/// the four that [`PASSED`] leaves of them; 256 of 4096 33 to 41, 27 to 30 with eight.
+const PASSING: usize = 32;
+
 /// Outputs of a task are a multiple of this: whole tiles in either way of computing, whole cache lines.
 const BLOCK: usize = 48;
 
@@ -358,7 +362,7 @@ fn tiles<S: Simd, E: Element, const M: usize, const N: usize>(
     let width = source.width;
     let steps = width.div_ceil(LANES);
     let panel = scratch.lines(N * steps);
-    let pass = (PASSED / width.max(1)).next_multiple_of(M).max(M);
+    let pass = (PASSED / width.max(1)).max(PASSING).next_multiple_of(M);
     for start in (0..source.rows).step_by(pass) {
         let end = source.rows.min(start + pass);
         for first in columns.clone().step_by(N) {

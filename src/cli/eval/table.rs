@@ -56,6 +56,7 @@ fn format(text: &str) -> Result<Format> {
 
 impl Table {
     pub fn run(self) -> Ran {
+        let command: Vec<_> = env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
         if self.asked.files.is_empty() {
             return Ok(bad("there is nothing to score", "name task files")?);
         }
@@ -79,7 +80,7 @@ impl Table {
         drop(engine);
         let speeds = speeds(&plan)?;
 
-        let command = env::args().collect::<Vec<_>>().join(" ");
+        let command = command.join(" ");
         let mut table = Vec::new();
         for (i, ((capacity, scores), speed)) in quality.into_iter().zip(speeds).enumerate() {
             // The first one is dense.

@@ -22,7 +22,7 @@ use crate::tensor::Data;
 const DEPTH: usize = 288;
 
 /// Source rows of a task: their packed values stay in the second-level cache, and widening a panel counts for little.
-const ROWS: RangeInclusive<usize> = 96..=192;
+const ROWS: RangeInclusive<usize> = 24..=192;
 
 /// `out[i] = source[i]·W`, or added; `source` has the width of the weight's rows, `out` that of its columns.
 pub fn back<'o>(
@@ -34,8 +34,9 @@ pub fn back<'o>(
 ) {
     let width = linear.weight.len() / source.width;
     let mut out: Vec<_> = out.take(source.rows).collect();
-    // Four tasks for each thread even out their speeds.
-    let rows = source.rows.div_ceil(4 * threads.count()).next_multiple_of(24).clamp(*ROWS.start(), *ROWS.end());
+    // As many tasks for each thread, and as large as they may be.
+    let each = source.rows.div_ceil(threads.count() * ROWS.end()).max(1);
+    let rows = source.rows.div_ceil(threads.count() * each).clamp(*ROWS.start(), *ROWS.end());
     let tasks = out.par_chunks_mut(rows).enumerate();
     threads.each(source.rows * linear.weight.len(), tasks, |scratch, (i, out)| {
         if !add {
