@@ -205,8 +205,11 @@ impl<'a> Fields<'a> {
         let (name, value) = self.any(names)?;
         let index = match value {
             Value::Bool(value) if n == 2 && labels.is_empty() => Some(usize::from(*value)),
-            Value::Number(number) if labels.is_empty() => number.as_u64().and_then(|index| index.try_into().ok()),
-            Value::Number(number) => labels.iter().position(|label| *label == number.to_string()),
+            // Where choices are numbered, a number is one of their labels; elsewhere it counts from 0.
+            Value::Number(number) if labels.iter().any(|label| label.parse::<u64>().is_ok()) => {
+                labels.iter().position(|label| *label == number.to_string())
+            }
+            Value::Number(number) => number.as_u64().and_then(|index| index.try_into().ok()),
             Value::String(text) => {
                 let text = text.trim();
                 labels
