@@ -5,7 +5,7 @@
 //! | [`task`] | files to [`Record`]s: the prompts of the known tasks, and a schema for any other |
 //! | [`shots`] | solved records in front of the question |
 //! | [`request`] | a context and what may follow it, as text and as tokens |
-//! | [`score`] | log-likelihoods of requests, with shared K/V |
+//! | [`score()`] | log-likelihoods of requests, with shared K/V |
 //! | [`result`](mod@result) | accuracies, and what they may be off by |
 //! | [`perplexity`] | windows over a long text |
 //! | [`table`] | the paper's table: quality and speed of routers beside the dense model |
