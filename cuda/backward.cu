@@ -101,18 +101,6 @@ KERNEL(rope_backward, RopeBackwardArgs, THREADS) {
     store8(args.d + from + half, high);
 }
 
-KERNEL(swiglu_kept, SwiGluKeptArgs, THREADS) {
-    const size_t row = (size_t)blockIdx.x * args.width;
-    for (uint32_t at = 8 * threadIdx.x; at < args.width; at += 8 * blockDim.x) {
-        float g[8], u[8];
-        load8(g, args.gate + row + at);
-        load8(u, args.up + row + at);
-#pragma unroll
-        for (int i = 0; i < 8; i++) g[i] = silu(g[i]) * u[i];
-        store8(args.out + row + at, g);
-    }
-}
-
 KERNEL(swiglu_backward, SwiGluBackwardArgs, THREADS) {
     __shared__ float room[WARP];
     const size_t row = (size_t)blockIdx.x * args.width;

@@ -325,14 +325,6 @@ typedef struct RopeBackwardArgs {
     uint32_t head_dim;
 } RopeBackwardArgs;
 
-/* out = silu(g) * u. A block a row. */
-typedef struct SwiGluKeptArgs {
-    const float *gate; /* [rows, width] */
-    const float *up;
-    float *out;
-    uint32_t width;
-} SwiGluKeptArgs;
-
 /* For a = silu(g) * u: g and u become their gradients, and dots[index[i]] += d_act[i] . a[i]. A block a row. */
 typedef struct SwiGluBackwardArgs {
     const float *d_act; /* [rows, width] */

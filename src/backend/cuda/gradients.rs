@@ -13,7 +13,6 @@ use crate::backend as ops;
 pub struct Backward {
     norm: Function,
     rope: Function,
-    swiglu_kept: Function,
     swiglu: Function,
     row_dots: Function,
     gate: [Function; 3],
@@ -41,7 +40,6 @@ impl Backward {
         Ok(Backward {
             norm: find("norm_backward")?,
             rope: find("rope_backward")?,
-            swiglu_kept: find("swiglu_kept")?,
             swiglu: find("swiglu_backward")?,
             row_dots: find("row_dots")?,
             gate: [find("gate_slopes")?, find("gate_partial")?, find("gate_sum")?],
@@ -106,12 +104,12 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// g and u of a SwiGLU.
-    fn gate_up(&mut self, op: GradientKind, of: &GateUp, gate: Mat, up: Mat) -> Result<()> {
-        let [h, to_gate, to_up] = self.mats(op, [of.h, gate, up])?;
-        for (weight, bias, to) in [(of.gate, of.gate_bias, to_gate), (of.up, of.up_bias, to_up)] {
+    /// g and u of many rows of a SwiGLU, in the type of activations.
+    pub(super) fn gate_up(&mut self, op: AnyKind, of: &GateUp, rows: usize, to: [*mut c_void; 2]) -> Result<()> {
+        let [h] = self.mats(op, [of.h])?;
+        for (weight, bias, to) in [(of.gate, of.gate_bias, to[0]), (of.up, of.up_bias, to[1])] {
             self.inner_matrix(op, weight)?;
-            let gemm = self.product(weight, Address(h as u64), gate.rows, Address(to as u64), DType::F32);
+            let gemm = self.product(weight, Address(h as u64), rows, Address(to as u64), self.info.activations);
             self.bias(op, bias, &gemm)?;
             self.gemm(op, &Gemm { add: bias.is_some(), ..gemm })?;
         }
@@ -262,10 +260,10 @@ impl Gradients for CudaBackend {
         if rows == 0 {
             return Ok(());
         }
-        self.gate_up(OP, &a.of, a.gate, a.up)?;
         let [gate, up, out] = self.mats(OP, [a.gate, a.up, a.out])?;
-        let args = SwiGluKeptArgs { gate: gate.cast(), up: up.cast(), out: out.cast(), width: width as u32 };
-        self.launch(OP, self.functions.backward.swiglu_kept, a_row_a_block(rows, width), &args)
+        self.gate_up(OP.into(), &a.of, rows, [gate, up])?;
+        let args = SiluMulArgs { gate, up, out, rows: rows as u32, width: width as u32 };
+        self.launch(OP, self.functions.silu_mul, a_row_a_block(rows, width), &args)
     }
 
     fn swiglu_backward(&mut self, a: &SwiGluBackward) -> Result<()> {
@@ -281,7 +279,7 @@ impl Gradients for CudaBackend {
             return Ok(());
         }
         if let Some(of) = &a.again {
-            self.gate_up(OP, of, a.d_gate, a.d_up)?;
+            self.gate_up(OP.into(), of, rows, [gate, up])?;
         }
         let args = SwiGluBackwardArgs {
             d_act: d_act.cast(),

@@ -587,23 +587,6 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
-pub struct SwiGluKeptArgs {
-    pub gate: *const f32,
-    pub up: *const f32,
-    pub out: *mut f32,
-    pub width: u32,
-}
-#[allow(clippy::unnecessary_operation, clippy::identity_op)]
-const _: () = {
-    ["Size of SwiGluKeptArgs"][::core::mem::size_of::<SwiGluKeptArgs>() - 32usize];
-    ["Alignment of SwiGluKeptArgs"][::core::mem::align_of::<SwiGluKeptArgs>() - 8usize];
-    ["Offset of field: SwiGluKeptArgs::gate"][::core::mem::offset_of!(SwiGluKeptArgs, gate) - 0usize];
-    ["Offset of field: SwiGluKeptArgs::up"][::core::mem::offset_of!(SwiGluKeptArgs, up) - 8usize];
-    ["Offset of field: SwiGluKeptArgs::out"][::core::mem::offset_of!(SwiGluKeptArgs, out) - 16usize];
-    ["Offset of field: SwiGluKeptArgs::width"][::core::mem::offset_of!(SwiGluKeptArgs, width) - 24usize];
-};
-#[repr(C)]
-#[derive(Debug, Copy, Clone)]
 pub struct SwiGluBackwardArgs {
     pub d_act: *const f32,
     pub gate: *mut f32,

@@ -16,7 +16,7 @@ pub struct Functions {
     norm_gate: Function,
     gather: Function,
     pub scatter: Function,
-    silu_mul: Function,
+    pub(super) silu_mul: Function,
     bias: Function,
     bias_f32: Function,
     logprobs: Function,
@@ -640,14 +640,10 @@ impl Ops for CudaBackend {
             let (function, launch) = self.skinny(OP, bound, &[n]);
             return self.launch(OP, function, launch, &args);
         }
-        let (src, dtype) = (Address(h as u64), self.info.activations);
-        let up = self.scratch(bound * n * dtype.size())?;
-        for (weight, bias, to) in [(a.gate, a.gate_bias, Address(out as u64)), (a.up, a.up_bias, up)] {
-            let gemm = self.product(weight, src, bound, to, dtype);
-            self.bias(OP, bias, &gemm)?;
-            self.gemm(OP, &Gemm { add: bias.is_some(), ..gemm })?;
-        }
-        let args = SiluMulArgs { gate: out, up: up.0 as *const c_void, out, rows: bound as u32, width: n as u32 };
+        let up = self.scratch(bound * n * self.info.activations.size())?.0 as *mut c_void;
+        let of = GateUp { h: a.h, gate: a.gate, up: a.up, gate_bias: a.gate_bias, up_bias: a.up_bias };
+        self.gate_up(OP.into(), &of, bound, [out, up])?;
+        let args = SiluMulArgs { gate: out, up, out, rows: bound as u32, width: n as u32 };
         self.launch(OP, self.functions.silu_mul, a_row_a_block(bound, n), &args)
     }
 
