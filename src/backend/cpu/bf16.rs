@@ -19,11 +19,19 @@ impl Bf16 {
 }
 
 /// Rows rounded to bf16, each padded with zeros to whole steps.
+#[derive(Clone, Copy)]
 pub struct Rounded<'a> {
     /// `[rows · steps]`
     pub data: &'a [[u16; STEP]],
     pub steps: usize,
     pub rows: usize,
+}
+
+impl Rounded<'_> {
+    /// Some of the rows.
+    pub fn part(&self, rows: std::ops::Range<usize>) -> Self {
+        Rounded { data: &self.data[rows.start * self.steps..], rows: rows.len(), ..*self }
+    }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -225,6 +233,33 @@ mod instructions {
             }
         }
 
+        /// Puts the sums of a tile: source rows from `at` on, and columns.
+        fn put_tile<const R: usize>(
+            simd: Avx512,
+            acc: &[[V<Avx512>; N]; R],
+            at: usize,
+            columns: Range<usize>,
+            out: &mut Out,
+        ) {
+            // Two vectors, in the order of their outputs.
+            let mut vectors = [[f32x16::splat(simd, 0.0); LANES]; 2];
+            for r in 0..R {
+                for n in 0..N {
+                    let i = r * N + n;
+                    vectors[i / LANES][i % LANES] = acc[r][n];
+                }
+            }
+            let mut values = [0.0; 2 * LANES];
+            for (i, values) in values.chunks_exact_mut(LANES).enumerate() {
+                if i * LANES < R * N {
+                    out.finish::<Avx512, N>(simd, sums(simd, vectors[i]), columns.start, i * LANES).store_slice(values);
+                }
+            }
+            for r in 0..R {
+                out.put::<N>(at + r, columns.start, &values[r * N..], columns.len());
+            }
+        }
+
         /// `R` source rows from `at` on times the rows of a panel. Returns R.
         fn tile<const R: usize>(
             simd: Avx512,
@@ -252,7 +287,7 @@ mod instructions {
                     }
                 }
             }
-            out.put_tile(simd, &acc, at, columns);
+            put_tile(simd, &acc, at, columns, out);
             R
         }
     }

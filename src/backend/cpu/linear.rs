@@ -1,9 +1,10 @@
 //! Products with weight matrices: rows of f32 times the rows of a weight that is read where it is stored.
 //!
-//! Both operands have their inner dimension contiguous, so an output is a dot product of two rows as they stand: nothing is
-//! packed or transposed, and gathering source rows through an index is free. Few rows (decode) stream the weight once, row
-//! by row. Many rows (prefill) widen six weight rows at a time into the first-level cache and pass all source rows over
-//! them in tiles of 4 x 6 accumulators. Both add up in the same order, so that prefill and decode agree to the last bit.
+//! Both operands have their inner dimension contiguous, so an output is a dot product of two rows as they stand, and
+//! gathering source rows through an index is free. Few rows (decode) stream the weight once, row by row, and nothing is
+//! packed. Many rows (prefill) are packed once for each task, sixteen weight rows at a time are widened into the first-level
+//! cache, and tiles of both add up in registers. Either way adds up in the same order, so that prefill and decode agree to
+//! the last bit.
 
 // Accumulators stay in registers only in loops over constants, by index.
 #![allow(clippy::needless_range_loop)]
@@ -16,7 +17,7 @@ use rayon::prelude::*;
 
 use super::FEW_ROWS;
 use super::bf16::{Rounded, STEP};
-use super::simd::{Element, LANES, Line, V, silu, sums, sums_of_8, tail};
+use super::simd::{Element, LANES, Line, V, silu, sums, tail};
 use super::threads::{Scratch, Threads};
 use crate::tensor::Data;
 
@@ -24,16 +25,26 @@ use crate::tensor::Data;
 /// Interleaving 4 weight rows reached 14 GB/s, because the prefetcher loses the streams.
 const STREAMED: usize = 4;
 
-/// Floats of source rows that pass over a panel before the next one: they stay in the second-level cache. On one core of an
-/// EPYC 7003, 888 rows of 576 values: 65 GFLOP/s, 43 when all of them pass.
-const PASSED: usize = 1 << 15;
+/// Floats of source rows that a task packs: they stay in the second-level cache, and widening weights for them counts for
+/// little. On one core of an EPYC 7003, 888 rows of 576 values: 63 GFLOP/s, 55 with half as many.
+const PACKED: usize = 1 << 16;
 
-/// At least so many rows pass over a panel, which is widened for them: 128 rows of 8192 values 33 to 40 GFLOP/s, 15 to 19 with
-/// the four that [`PASSED`] leaves of them; 256 of 4096 33 to 41, 27 to 30 with eight.
-const PASSING: usize = 32;
+/// At least so many rows, however wide: 128 rows of 8192 values 33 to 40 GFLOP/s, 15 to 19 with the eight that [`PACKED`]
+/// leaves of them.
+const LEAST: usize = 32;
 
-/// Outputs of a task are a multiple of this: whole tiles in either way of computing, whole cache lines.
+/// Lines of a tile, at most: those of sixteen widened weight rows take 18 KiB of the first-level cache. Half as many made 46
+/// instead of 56 GFLOP/s, because tiles begin and end more often; twice as many were no faster.
+const DEPTH: usize = 18;
+
+/// Outputs of a task are a multiple of this: whole vectors of sums in either way of computing, whole cache lines.
 const BLOCK: usize = 48;
+
+/// Outputs of a task, at most: 960 are long enough to amortise its start, and few enough to even out the speeds of threads.
+const LONGEST: usize = 20 * BLOCK;
+
+/// Rows of a task are a multiple of this: whole tiles on every instruction set.
+const TILE: usize = 6;
 
 /// The rows that go into a product: `data[index[i] − base]`, or `data[i]`.
 #[derive(Clone, Copy)]
@@ -50,6 +61,14 @@ impl<'a> Source<'a> {
     pub fn row(&self, i: usize) -> &'a [f32] {
         let at = self.index.map_or(i, |(index, base)| index[i] as usize - base);
         &self.data[at * self.width..][..self.width]
+    }
+
+    /// Some of the rows.
+    fn part(&self, rows: Range<usize>) -> Self {
+        match self.index {
+            Some((index, base)) => Source { index: Some((&index[rows.clone()], base)), rows: rows.len(), ..*self },
+            None => Source { data: &self.data[rows.start * self.width..], rows: rows.len(), ..*self },
+        }
     }
 }
 
@@ -88,13 +107,15 @@ pub fn products<'o, const N: usize, O>(
 {
     let rounded = halves.round(threads, sources, of.iter().map(|(_, linear, _)| linear));
     let work = of.iter().map(|(i, linear, _)| sources[*i].rows * linear.weight.len()).sum();
-    let mut of = of.map(|(i, linear, out)| (i, linear, Blocks::new(threads, &sources[i], &linear, out)));
+    let mut of =
+        of.map(|(i, linear, out)| (i, linear, Blocks::new(threads, &sources[i], rounded.is_empty(), &linear, out)));
     let tasks: Vec<_> = of
         .iter_mut()
-        .flat_map(|(i, linear, blocks)| blocks.tasks().map(|(columns, out)| (*i, *linear, columns, out)))
+        .flat_map(|(i, linear, blocks)| blocks.tasks().map(|(rows, columns, out)| (*i, *linear, rows, columns, out)))
         .collect();
-    threads.each(work, tasks.into_par_iter(), |scratch, (i, linear, columns, out)| {
-        product(threads, scratch, &sources[i], rounded.get(i), &linear, columns, put, out);
+    threads.each(work, tasks.into_par_iter(), |scratch, (i, linear, rows, columns, out)| {
+        let (source, rounded) = (sources[i].part(rows.clone()), rounded.get(i).map(|rounded| rounded.part(rows)));
+        product(threads, scratch, &source, rounded, &linear, columns, put, out);
     });
 }
 
@@ -108,12 +129,13 @@ pub fn swiglu<'o>(
     out: impl Iterator<Item = &'o mut [f32]>,
 ) {
     let rounded = halves.round(threads, &[source], [&gate, &up]);
-    let mut blocks = Blocks::new(threads, &source, &gate, out);
+    let mut blocks = Blocks::new(threads, &source, rounded.is_empty(), &gate, out);
     let tasks: Vec<_> = blocks.tasks().collect();
     let work = 2 * source.rows * gate.weight.len();
-    threads.each(work, tasks.into_par_iter(), |scratch, (columns, out)| {
-        product(threads, scratch, &source, rounded.first(), &gate, columns.clone(), Put::StoreSilu, out);
-        product(threads, scratch, &source, rounded.first(), &up, columns, Put::Multiply, out);
+    threads.each(work, tasks.into_par_iter(), |scratch, (rows, columns, out)| {
+        let (source, rounded) = (source.part(rows.clone()), rounded.first().map(|rounded| rounded.part(rows)));
+        product(threads, scratch, &source, rounded, &gate, columns.clone(), Put::StoreSilu, out);
+        product(threads, scratch, &source, rounded, &up, columns, Put::Multiply, out);
     });
 }
 
@@ -149,34 +171,51 @@ impl Halves {
     }
 }
 
-/// Rows of outputs cut into blocks of columns, as tasks for threads: the pieces of a block stand together, one for each row.
+/// Rows of outputs cut into blocks of columns and of rows, as tasks for threads: the pieces of a block stand together, one
+/// for each row.
 pub struct Blocks<'o> {
     pieces: Vec<&'o mut [f32]>,
     rows: usize,
     width: usize,
-    block: usize,
+    /// Columns and rows of a task.
+    block: (usize, usize),
 }
 
 impl<'o> Blocks<'o> {
-    pub fn new(threads: &Threads, source: &Source, linear: &Linear, out: impl Iterator<Item = &'o mut [f32]>) -> Self {
+    /// Cut by rows as well when these are to be packed.
+    pub fn new(
+        threads: &Threads,
+        source: &Source,
+        packed: bool,
+        linear: &Linear,
+        out: impl Iterator<Item = &'o mut [f32]>,
+    ) -> Self {
         let (rows, width) = (source.rows, linear.weight.len() / source.width);
-        // Four blocks for each thread even out their speeds; 480 outputs are long enough to amortise a task's start.
-        let block = width.div_ceil(4 * threads.count()).next_multiple_of(BLOCK).clamp(BLOCK, 10 * BLOCK);
+        let most = if packed { (PACKED / source.width).max(LEAST) } else { usize::MAX };
+        let passes = rows.div_ceil(most).max(1);
+        // Four tasks for each thread even out their speeds.
+        let blocks = (4 * threads.count()).div_ceil(passes);
+        let columns = width.div_ceil(blocks).next_multiple_of(BLOCK).clamp(BLOCK, LONGEST * passes);
         let mut pieces = Vec::new();
-        pieces.resize_with(rows * width.div_ceil(block), Default::default);
+        pieces.resize_with(rows * width.div_ceil(columns), Default::default);
         for (i, row) in out.take(rows).enumerate() {
-            for (b, piece) in row.chunks_mut(block).enumerate() {
+            for (b, piece) in row.chunks_mut(columns).enumerate() {
                 pieces[b * rows + i] = piece;
             }
         }
-        Blocks { pieces, rows, width, block }
+        Blocks { pieces, rows, width, block: (columns, rows.div_ceil(passes).next_multiple_of(TILE).max(1)) }
     }
 
-    /// The columns of each block and its pieces.
-    pub fn tasks<'p>(&'p mut self) -> impl Iterator<Item = (Range<usize>, &'p mut [&'o mut [f32]])> + use<'p, 'o> {
-        let (block, width) = (self.block, self.width);
-        let blocks = self.pieces.chunks_mut(self.rows.max(1)).enumerate();
-        blocks.map(move |(b, pieces)| (b * block..((b + 1) * block).min(width), pieces))
+    /// The rows and columns of each task and its pieces.
+    pub fn tasks<'p>(
+        &'p mut self,
+    ) -> impl Iterator<Item = (Range<usize>, Range<usize>, &'p mut [&'o mut [f32]])> + use<'p, 'o> {
+        let ((columns, rows), width) = (self.block, self.width);
+        self.pieces.chunks_mut(self.rows.max(1)).enumerate().flat_map(move |(b, pieces)| {
+            let columns = b * columns..((b + 1) * columns).min(width);
+            let parts = pieces.chunks_mut(rows).enumerate();
+            parts.map(move |(i, pieces)| (i * rows..i * rows + pieces.len(), columns.clone(), pieces))
+        })
     }
 }
 
@@ -186,7 +225,7 @@ fn product(
     threads: &Threads,
     scratch: &mut Scratch,
     source: &Source,
-    rounded: Option<&Rounded>,
+    rounded: Option<Rounded>,
     linear: &Linear,
     columns: Range<usize>,
     put: Put,
@@ -195,7 +234,7 @@ fn product(
     let mut out = Out { rows: out, first: columns.start, bias: linear.bias, put };
     match linear.weight {
         Data::BF16(w) if let (Some(bf16), Some(rounded)) = (threads.bf16, rounded) => {
-            bf16.product(scratch, rounded, w, source.width, columns, &mut out);
+            bf16.product(scratch, &rounded, w, source.width, columns, &mut out);
         }
         Data::F32(w) => dispatch!(threads.level, simd => block(simd, scratch, source, w, columns, &mut out)),
         Data::F16(w) => dispatch!(threads.level, simd => block(simd, scratch, source, w, columns, &mut out)),
@@ -218,10 +257,12 @@ fn block<S: Simd, E: Element>(
         2 => stream::<S, E, 2>(simd, source, weight, columns, out),
         3 => stream::<S, E, 3>(simd, source, weight, columns, out),
         STREAMED => stream::<S, E, STREAMED>(simd, source, weight, columns, out),
-        // The most accumulators that the registers hold: 104 of 117 GFLOP/s on one core of an EPYC 9004 with AVX-512
-        // (4 x 4: 91), 81 with AVX2 (4 x 6: 57).
-        _ if S::f32s::LEN == LANES => tiles::<S, E, 4, 6>(simd, scratch, source, weight, columns, out),
-        _ => tiles::<S, E, 2, 3>(simd, scratch, source, weight, columns, out),
+        // The most accumulators that the registers hold.
+        _ => match S::f32s::LEN {
+            LANES => tiles::<S, E, 1, 6, 3, 4>(simd, scratch, source, weight, columns, out),
+            8 => tiles::<S, E, 2, 3, 2, 4>(simd, scratch, source, weight, columns, out),
+            _ => tiles::<S, E, 4, 3, 2, 4>(simd, scratch, source, weight, columns, out),
+        },
     }
 }
 
@@ -245,41 +286,6 @@ impl Out<'_, '_, '_> {
             sums += V::from_fn(simd, |i| bias.get(column + (first + i) % N).copied().unwrap_or(0.0));
         }
         if self.put == Put::StoreSilu { silu(simd, sums) } else { sums }
-    }
-
-    /// Puts the sums of a tile of accumulators, at most 24: source rows from `at` on, and columns.
-    #[inline(always)]
-    pub fn put_tile<S: Simd, const M: usize, const N: usize>(
-        &mut self,
-        simd: S,
-        acc: &[[V<S>; N]; M],
-        at: usize,
-        columns: Range<usize>,
-    ) {
-        let zero = V::splat(simd, 0.0);
-        // Sixteen accumulators, if there are so many, then eight, in the order of their outputs.
-        let mut values = [0.0; LANES + LANES / 2];
-        let mut low = [zero; LANES];
-        let mut high = [zero; LANES / 2];
-        let whole = if M * N > LANES / 2 { LANES } else { 0 };
-        for m in 0..M {
-            for n in 0..N {
-                match m * N + n {
-                    i if i < whole => low[i] = acc[m][n],
-                    i => high[i - whole] = acc[m][n],
-                }
-            }
-        }
-        if whole > 0 {
-            self.finish::<S, N>(simd, sums(simd, low), columns.start, 0).store_slice(&mut values[..LANES]);
-        }
-        if M * N > whole {
-            let last = self.finish::<S, N>(simd, sums_of_8(simd, high), columns.start, whole);
-            values[whole..whole + LANES / 2].copy_from_slice(&last.to_array()[..LANES / 2]);
-        }
-        for m in 0..M {
-            self.put::<N>(at + m, columns.start, &values[m * N..], columns.len());
-        }
     }
 
     /// Puts the first `n` values at a source row, from a column on.
@@ -349,9 +355,11 @@ fn stream<S: Simd, E: Element, const M: usize>(
     }
 }
 
-/// Many rows: `N` weight rows at a time are widened into a panel, and the source rows pass over it, `M` at a time.
+/// Many rows: sixteen weight rows at a time are widened into panels of `N`, and the source rows pass over them in tiles of
+/// `M`, or of `FEW` at the end, so that `M` x `N` registers add up. Where a vector takes `PARTS` of them, its first part is
+/// added up in all tiles before the second one: so much less has to stay in the first-level cache.
 #[inline(always)]
-fn tiles<S: Simd, E: Element, const M: usize, const N: usize>(
+fn tiles<S: Simd, E: Element, const PARTS: usize, const M: usize, const FEW: usize, const N: usize>(
     simd: S,
     scratch: &mut Scratch,
     source: &Source,
@@ -360,83 +368,170 @@ fn tiles<S: Simd, E: Element, const M: usize, const N: usize>(
     out: &mut Out,
 ) {
     let width = source.width;
-    let steps = width.div_ceil(LANES);
-    let panel = scratch.lines(N * steps);
-    let pass = (PASSED / width.max(1)).max(PASSING).next_multiple_of(M);
-    for start in (0..source.rows).step_by(pass) {
-        let end = source.rows.min(start + pass);
-        for first in columns.clone().step_by(N) {
-            let n = N.min(columns.end - first);
-            for (j, panel) in panel.chunks_mut(steps).enumerate() {
-                // Rows that are missing in the last panel are those of its last one again; their results go nowhere.
-                let (w, w_tail) = weight[(first + j.min(n - 1)) * width..][..width].as_chunks();
-                for (line, w) in panel.iter_mut().zip(w) {
-                    line.0 = E::widen(simd, w).to_array();
-                }
-                if !w_tail.is_empty() {
-                    panel[steps - 1].0 = E::widen(simd, &tail(w_tail)).to_array();
-                }
+    let steps = width.div_ceil(LANES).next_multiple_of(PARTS);
+    let depth = steps.div_ceil(steps.div_ceil(DEPTH * PARTS).max(1)).next_multiple_of(PARTS).max(PARTS);
+    let tiles = source.rows.div_ceil(M);
+    // Whole chunks of the width, packed once, each `[part][tile][line][row]`; sums as `[part][tile][panel][row][column]`.
+    let (packed, rest) = scratch.lines(tiles * M * (steps + LANES) + LANES * depth).split_at_mut(tiles * M * steps);
+    let (panels, sums) = rest.split_at_mut(LANES * depth);
+    let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
+    let tile = M * LANES * S::f32s::LEN;
+    let chunks = (0..steps).step_by(depth).map(|from| from..steps.min(from + depth));
+    for chunk in chunks.clone() {
+        let packed = packed[tiles * M * chunk.start..][..tiles * M * chunk.len()].as_chunks_mut::<M>().0;
+        for i in 0..source.rows {
+            pack::<S, f32, PARTS, M>(simd, source.row(i), &chunk, i, packed);
+        }
+    }
+    for first in columns.clone().step_by(LANES) {
+        let n = LANES.min(columns.end - first);
+        for chunk in chunks.clone() {
+            let packed = packed[tiles * M * chunk.start..][..tiles * M * chunk.len()].as_chunks::<M>().0;
+            let panels = panels[..LANES * chunk.len()].as_chunks_mut::<N>().0;
+            for j in 0..n {
+                pack::<S, E, PARTS, N>(simd, &weight[(first + j) * width..][..width], &chunk, j, panels);
             }
-            let columns = first..first + n;
-            let mut at = start;
-            while at < end {
-                at += match end - at {
-                    1 => tile::<S, 1, N>(simd, source, at, panel, columns.clone(), out),
-                    2 => tile::<S, 2, N>(simd, source, at, panel, columns.clone(), out),
-                    3 if M > 3 => tile::<S, 3, N>(simd, source, at, panel, columns.clone(), out),
-                    _ => tile::<S, M, N>(simd, source, at, panel, columns.clone(), out),
-                };
+            let lines = chunk.len() / PARTS;
+            let parts = packed.chunks_exact(tiles * lines).zip(panels.chunks_exact(LANES / N * lines));
+            for (part, (packed, panels)) in parts.enumerate() {
+                let panels = &panels[..n.div_ceil(N) * lines];
+                for (t, packed) in packed.chunks_exact(lines).enumerate() {
+                    let own = sums[(part * tiles + t) * tile..][..tile].chunks_exact_mut(tile / (LANES / N));
+                    for (panel, own) in panels.chunks_exact(lines).zip(own) {
+                        if source.rows - t * M > FEW {
+                            self::tile::<S, M, M, N>(simd, packed, panel, own, chunk.start > 0);
+                        } else {
+                            self::tile::<S, FEW, M, N>(simd, packed, panel, own, chunk.start > 0);
+                        }
+                    }
+                    // At once, so that the tiles that follow hide the stores.
+                    if part + 1 == PARTS && chunk.end == steps {
+                        let mut parts: [&[f32]; PARTS] = [&[]; PARTS];
+                        for p in 0..PARTS {
+                            parts[p] = &sums[(p * tiles + t) * tile..][..tile];
+                        }
+                        for m in 0..M {
+                            let row = t * M + m;
+                            if row < source.rows {
+                                let values = total::<S, PARTS, M, N>(simd, &parts, m);
+                                let values = out.finish::<S, LANES>(simd, values, first, 0);
+                                out.put::<LANES>(row, first, &values.to_array(), n);
+                            }
+                        }
+                    }
+                }
             }
         }
     }
 }
 
-/// `M` source rows from `at` on times the `N` rows of a panel. Returns M.
+/// Some steps of the `i`th row, as tiles of `K` rows read them: `[part][tile][line][row]`. A line holds a part of `PARTS`
+/// steps. Zeros fill the last ones.
 #[inline(always)]
-fn tile<S: Simd, const M: usize, const N: usize>(
+fn pack<S: Simd, E: Element, const PARTS: usize, const K: usize>(
     simd: S,
-    source: &Source,
-    at: usize,
-    panel: &[Line],
-    columns: Range<usize>,
-    out: &mut Out,
-) -> usize {
-    // Loops over constants, not array::map: its closures are not always inlined, and accumulators must not touch memory.
-    let steps = panel.len() / N;
-    let whole = source.width / LANES;
-    let mut rows: [&[[f32; LANES]]; M] = [&[]; M];
-    let mut weights: [&[Line]; N] = [&[]; N];
-    for m in 0..M {
-        rows[m] = &source.row(at + m).as_chunks().0[..whole];
+    row: &[E],
+    steps: &Range<usize>,
+    i: usize,
+    packed: &mut [[Line; K]],
+) {
+    let lines = steps.len() / PARTS;
+    let mut parts: [&mut [[Line; K]]; PARTS] = std::array::from_fn(|_| Default::default());
+    let each = packed.len() / PARTS;
+    for (part, packed) in parts.iter_mut().zip(packed.chunks_exact_mut(each)) {
+        *part = &mut packed[i / K * lines..][..lines];
     }
-    for n in 0..N {
-        weights[n] = &panel[n * steps..][..whole];
+    let (blocks, rest) = row[steps.start * LANES..row.len().min(steps.end * LANES)].as_chunks::<LANES>();
+    let (blocks, last) = blocks.as_chunks::<PARTS>();
+    let blocks = &blocks[..lines.min(blocks.len())];
+    for (line, block) in blocks.iter().enumerate() {
+        put(simd, block, line, i % K, &mut parts);
     }
-    let zero = V::splat(simd, 0.0);
-    let mut acc = [[zero; N]; M];
-    let mut a = [zero; M];
-    for i in 0..whole {
-        for m in 0..M {
-            a[m] = V::from_slice(simd, &rows[m][i]);
+    if blocks.len() < lines {
+        let mut block = [[E::zeroed(); LANES]; PARTS];
+        block[..last.len()].copy_from_slice(last);
+        if !rest.is_empty() {
+            block[last.len()][..rest.len()].copy_from_slice(rest);
         }
-        for n in 0..N {
-            let w = V::from_slice(simd, &weights[n][i].0);
-            for m in 0..M {
-                acc[m][n] = a[m].mul_add(w, acc[m][n]);
+        put(simd, &block, blocks.len(), i % K, &mut parts);
+    }
+}
+
+#[inline(always)]
+fn put<S: Simd, E: Element, const PARTS: usize, const K: usize>(
+    simd: S,
+    block: &[[E; LANES]; PARTS],
+    line: usize,
+    k: usize,
+    parts: &mut [&mut [[Line; K]]; PARTS],
+) {
+    let len = S::f32s::LEN;
+    for s in 0..PARTS {
+        let values = E::widen(simd, &block[s]).to_array();
+        for p in 0..PARTS {
+            parts[p][line][k].0[s * len..][..len].copy_from_slice(&values[p * len..][..len]);
+        }
+    }
+}
+
+/// Sums a part of `R` of `M` source rows times a panel, on top of what is there if asked: `[M · N]` registers.
+#[inline(always)]
+fn tile<S: Simd, const R: usize, const M: usize, const N: usize>(
+    simd: S,
+    rows: &[[Line; M]],
+    panel: &[[Line; N]],
+    sums: &mut [f32],
+    add: bool,
+) {
+    let len = S::f32s::LEN;
+    let sums = &mut sums[..M * N * len];
+    let zero = S::f32s::splat(simd, 0.0);
+    let mut acc = [[zero; N]; R];
+    let mut a = [zero; R];
+    if add {
+        for m in 0..R {
+            for n in 0..N {
+                acc[m][n] = S::f32s::from_slice(simd, &sums[(m * N + n) * len..][..len]);
             }
         }
     }
-    if steps > whole {
-        for m in 0..M {
-            a[m] = V::from_slice(simd, &tail(&source.row(at + m)[whole * LANES..]));
-        }
-        for n in 0..N {
-            let w = V::from_slice(simd, &panel[n * steps + whole].0);
-            for m in 0..M {
-                acc[m][n] = a[m].mul_add(w, acc[m][n]);
+    for (rows, panel) in rows.iter().zip(panel) {
+        for s in 0..LANES / len {
+            for m in 0..R {
+                a[m] = S::f32s::from_slice(simd, &rows[m].0[s * len..][..len]);
+            }
+            for n in 0..N {
+                let w = S::f32s::from_slice(simd, &panel[n].0[s * len..][..len]);
+                for m in 0..R {
+                    acc[m][n] = a[m].mul_add(w, acc[m][n]);
+                }
             }
         }
     }
-    out.put_tile(simd, &acc, at, columns);
-    M
+    for m in 0..R {
+        for n in 0..N {
+            acc[m][n].store_slice(&mut sums[(m * N + n) * len..][..len]);
+        }
+    }
+}
+
+/// The sums of a tile's row, of [`LANES`] columns.
+#[inline(always)]
+fn total<S: Simd, const PARTS: usize, const M: usize, const N: usize>(
+    simd: S,
+    parts: &[&[f32]; PARTS],
+    m: usize,
+) -> V<S> {
+    let len = S::f32s::LEN;
+    let mut acc = [V::splat(simd, 0.0); LANES];
+    for g in 0..LANES / N {
+        for n in 0..N {
+            let mut values = [0.0; LANES];
+            for p in 0..PARTS {
+                values[p * len..][..len].copy_from_slice(&parts[p][((g * M + m) * N + n) * len..][..len]);
+            }
+            acc[g * N + n] = V::from_slice(simd, &values);
+        }
+    }
+    sums(simd, acc)
 }
