@@ -1,6 +1,7 @@
 //! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
 
 use std::ops::ControlFlow;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::backend::Draw;
@@ -36,6 +37,25 @@ pub enum Device {
     /// The emulator of a GPU, to test the kernels; threads run in an order drawn from the seed.
     #[cfg(feature = "emulate")]
     Emulated(u64),
+}
+
+impl FromStr for Device {
+    type Err = Error;
+    /// `auto`, `cpu`, `cuda`, which is the first GPU, `cuda:N`. Errors: Argument.
+    fn from_str(text: &str) -> Result<Self> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("auto", _) => Ok(Device::Auto),
+            ("cpu", _) => Ok(Device::Cpu),
+            ("cuda", _) => Ok(Device::Cuda(0)),
+            (_, Some(Ok(number))) => Ok(Device::Cuda(number)),
+            #[cfg(feature = "emulate")]
+            ("emulate", _) => Ok(Device::Emulated(0)),
+            _ => {
+                Err(Error::new(Kind::Argument, format!("no such device: {text}"))
+                    .action("give cpu, cuda, cuda:N or auto"))
+            }
+        }
+    }
 }
 
 /// Where an engine runs and how large it may become.

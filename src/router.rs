@@ -326,6 +326,18 @@ impl RouterSet {
         Ok(())
     }
 
+    /// Gives up the routers of all other layers. Errors: Argument for a layer without a router.
+    pub fn keep(&mut self, layers: &[usize]) -> Result<()> {
+        if let Some(layer) = layers.iter().find(|l| !self.weights.contains_key(l)) {
+            let there: Vec<_> = self.weights.keys().map(usize::to_string).collect();
+            return Err(Error::new(Kind::Argument, format!("there is no router for layer {layer}"))
+                .action(format!("choose from {}", there.join(","))));
+        }
+        self.weights.retain(|layer, _| layers.contains(layer));
+        self.thresholds.retain(|layer, _| layers.contains(layer));
+        Ok(())
+    }
+
     /// Takes the settings from a `config.json` by the published code. There every token writes keys and values, and
     /// scores meet a threshold. The granularity is searched for words and is `attn_sequence` by default; the list of layers
     /// says which were routed: a router elsewhere was never used.
