@@ -59,6 +59,20 @@ impl FromStr for Device {
 }
 
 /// Where an engine runs and how large it may become.
+///
+/// ```
+/// use mindskip::engine::{Budget, Device, Options};
+/// use mindskip::tensor::DType;
+///
+/// let options = Options {
+///     device: Device::Cpu,
+///     kv_dtype: Some(DType::BF16),
+///     memory: Some(Budget::Bytes(4 << 30)),
+///     context: Some(1024),
+///     ..Options::default()
+/// };
+/// # assert_eq!(options.batch, 1);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Options {
     pub device: Device,
@@ -243,6 +257,24 @@ pub struct KvUsage {
 }
 
 /// A model ready to run.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let options = Options { batch: 2, ..Options::default() };
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &options)?;
+/// let (tom, dog) = (engine.open()?, engine.open()?);
+/// let prompts = [tokenizer.encode("Tom had a", true)?, tokenizer.encode("The dog", true)?];
+/// let logits = engine.prefill(&[(tom, &prompts[0]), (dog, &prompts[1])])?;
+/// assert_eq!(logits.len(), 2 * 1536); // [sequences, vocab]
+/// let logits = engine.decode(&[(dog, 17)])?;
+/// assert_eq!(logits.len(), 1536);
+/// assert_eq!(engine.position(dog), prompts[1].len() + 1);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Engine {
     model: Model,
     state: State,
@@ -308,6 +340,17 @@ impl Engine {
     }
 
     /// The memory that an engine would take, without building it. Errors: as of [`new`](Self::new).
+    ///
+    /// ```
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::engine::{Engine, Options};
+    ///
+    /// let bundle = Bundle::embedded()?;
+    /// let plan = Engine::plan_for(&bundle.config, &bundle.weights, None, &Options::default())?;
+    /// assert_eq!(plan.total(), plan.weights + plan.activations() + plan.kv_bytes());
+    /// println!("{plan}");
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn plan_for(
         config: &Config,
         weights: &Weights,

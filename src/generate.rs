@@ -119,6 +119,27 @@ struct Running {
 /// nothing of a stop text. It may break off; what was made until then is the answer.
 ///
 /// Errors: those of [`Engine::prefill`] and [`Engine::decode`]; Numeric when logits cannot be sampled.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::generate::{Finish, Turn, generate};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let turn = Turn { max_tokens: 40, ..Turn::new(engine.open()?, tokenizer.encode("Tom had a", true)?)? };
+/// let mut text = String::new();
+/// let (answers, timing) = generate(&mut engine, &tokenizer, &mut [turn], &mut |_, piece| {
+///     text += piece;
+///     if text.len() > 20 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+/// })?;
+/// assert_eq!((&answers[0].text, answers[0].finish), (&text, Finish::Interrupted));
+/// println!("{:.0} tokens/s", timing.decode_rate());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn generate(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
@@ -141,6 +162,23 @@ pub fn generate(
 
 /// [`generate`] as an iterator over (turn, text): pieces as they become certain. Nothing runs before the first is asked for.
 /// After an error it ends.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::generate::{Turn, stream};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let mut turns = [Turn { max_tokens: 8, ..Turn::new(engine.open()?, tokenizer.encode("Tom had a", true)?)? }];
+/// let mut pieces = stream(&mut engine, &tokenizer, &mut turns);
+/// let first = pieces.by_ref().take(3).map(|piece| Ok(piece?.1)).collect::<mindskip::Result<String>>()?;
+/// let (answers, _) = pieces.finish()?;
+/// assert_eq!(answers[0].tokens.len(), 3);
+/// assert!(answers[0].text.starts_with(&first));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn stream<'a>(engine: &'a mut Engine, tokenizer: &Tokenizer, turns: &'a mut [Turn]) -> Stream<'a> {
     let running = turns
         .iter()

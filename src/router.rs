@@ -203,6 +203,18 @@ impl Overrides {
 }
 
 /// Trained routers and how to use them.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::router::{Keys, Overrides};
+///
+/// let mut routers = Bundle::embedded()?.routers.expect("it comes with some");
+/// routers.apply(&Overrides { keys: Some(Keys::Active), threshold: Some(0.4), ..Overrides::default() })?;
+/// routers.keep(&[3, 5])?;
+/// routers.thresholds.insert(5, 0.7);
+/// assert_eq!((routers.threshold(3), routers.threshold(5)), (0.4, 0.7));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterSet {
     /// How the scores are used.
