@@ -9,9 +9,9 @@
  *            twice. NULL, one that was freed and one of another kind are refused with MINDSKIP_ERROR_HANDLE. Each has a function
  *            that frees it, in any order: what an engine needs of its model lives as long as the engine. NULL may be freed.
  *
- * Structs    The first field, `size`, is sizeof of the struct as this header declares it, set by the caller. Zero in every
- *            other field of a struct that goes in is its default. Fields will be added at the end; a library that is older than
- *            the header refuses fields that it does not know, unless they are zero.
+ * Structs    Clear all of a struct (memset) and set `size`, its first field, to its sizeof. Zero in every other field of one
+ *            that goes in is its default. Fields will be added at the end; a library that is older than the header refuses
+ *            fields that it does not know, unless they are zero.
  *
  * Text       is UTF-8. What goes in ends with NUL. What comes out goes into a buffer of the caller, with a NUL behind it:
  *            of `capacity` bytes, the NUL included; `*length` becomes the bytes of the text without it. Where it does not fit,

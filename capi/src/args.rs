@@ -73,7 +73,7 @@ pub unsafe fn list<'a, T>(name: &str, at: *const T, count: usize) -> Done<&'a [T
     Ok(unsafe { slice::from_raw_parts(at, count) })
 }
 
-/// `count` values to write, which hold something already: numbers.
+/// Room for `count` values; the address may be NULL when there are none.
 ///
 /// # Safety
 ///
@@ -104,7 +104,7 @@ pub unsafe fn grown<T: Growing>(name: &str, at: *const T) -> Done<T> {
     // SAFETY: the caller's.
     let size = unsafe { size_of_grown(name, at) }?;
     let (bytes, known) = (at.cast::<u8>(), size.min(size_of::<T>()));
-    // SAFETY: by the rule there are `size` bytes, and numbers have no padding between them that is read here.
+    // SAFETY: by the rule there are `size` bytes, all of which the header has the caller write.
     let news = unsafe { slice::from_raw_parts(bytes.add(known), size - known) };
     if news.iter().any(|&byte| byte != 0) {
         let text =
