@@ -68,6 +68,7 @@ enum {
     MINDSKIP_ERROR_MISMATCH = 8,
     /* A GPU, its driver or one of its libraries failed. */
     MINDSKIP_ERROR_DEVICE = 9,
+    /* The work was broken off before it had a result. */
     MINDSKIP_ERROR_INTERRUPTED = 10,
     /* A handle that is NULL, was freed, or is of another kind. */
     MINDSKIP_ERROR_HANDLE = 11,
