@@ -1,6 +1,7 @@
 //! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
 
 use std::ops::ControlFlow;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::backend::Draw;
@@ -38,7 +39,40 @@ pub enum Device {
     Emulated(u64),
 }
 
+impl FromStr for Device {
+    type Err = Error;
+    /// `auto`, `cpu`, `cuda`, which is the first GPU, `cuda:N`. Errors: Argument.
+    fn from_str(text: &str) -> Result<Self> {
+        match (text, text.strip_prefix("cuda:").map(str::parse)) {
+            ("auto", _) => Ok(Device::Auto),
+            ("cpu", _) => Ok(Device::Cpu),
+            ("cuda", _) => Ok(Device::Cuda(0)),
+            (_, Some(Ok(number))) => Ok(Device::Cuda(number)),
+            #[cfg(feature = "emulate")]
+            ("emulate", _) => Ok(Device::Emulated(0)),
+            _ => {
+                Err(Error::new(Kind::Argument, format!("no such device: {text}"))
+                    .action("give cpu, cuda, cuda:N or auto"))
+            }
+        }
+    }
+}
+
 /// Where an engine runs and how large it may become.
+///
+/// ```
+/// use mindskip::engine::{Budget, Device, Options};
+/// use mindskip::tensor::DType;
+///
+/// let options = Options {
+///     device: Device::Cpu,
+///     kv_dtype: Some(DType::BF16),
+///     memory: Some(Budget::Bytes(4 << 30)),
+///     context: Some(1024),
+///     ..Options::default()
+/// };
+/// # assert_eq!(options.batch, 1);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Options {
     pub device: Device,
@@ -223,6 +257,24 @@ pub struct KvUsage {
 }
 
 /// A model ready to run.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let options = Options { batch: 2, ..Options::default() };
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &options)?;
+/// let (tom, dog) = (engine.open()?, engine.open()?);
+/// let prompts = [tokenizer.encode("Tom had a", true)?, tokenizer.encode("The dog", true)?];
+/// let logits = engine.prefill(&[(tom, &prompts[0]), (dog, &prompts[1])])?;
+/// assert_eq!(logits.len(), 2 * 1536); // [sequences, vocab]
+/// let logits = engine.decode(&[(dog, 17)])?;
+/// assert_eq!(logits.len(), 1536);
+/// assert_eq!(engine.position(dog), prompts[1].len() + 1);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Engine {
     model: Model,
     state: State,
@@ -288,6 +340,17 @@ impl Engine {
     }
 
     /// The memory that an engine would take, without building it. Errors: as of [`new`](Self::new).
+    ///
+    /// ```
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::engine::{Engine, Options};
+    ///
+    /// let bundle = Bundle::embedded()?;
+    /// let plan = Engine::plan_for(&bundle.config, &bundle.weights, None, &Options::default())?;
+    /// assert_eq!(plan.total(), plan.weights + plan.activations() + plan.kv_bytes());
+    /// println!("{plan}");
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn plan_for(
         config: &Config,
         weights: &Weights,

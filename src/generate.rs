@@ -1,5 +1,6 @@
 //! Prompts in, text out: the loop over prefill, sampling and decode for one or many sequences.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
@@ -102,6 +103,8 @@ fn rate(tokens: usize, time: Duration) -> f64 {
 
 /// A turn at work.
 struct Running {
+    /// Tokens of the sequence when the prompt is read.
+    before: usize,
     tokens: Vec<u32>,
     stream: TextStream,
     /// Text that is out, and text that may turn out to begin a stop text.
@@ -116,19 +119,71 @@ struct Running {
 /// nothing of a stop text. It may break off; what was made until then is the answer.
 ///
 /// Errors: those of [`Engine::prefill`] and [`Engine::decode`]; Numeric when logits cannot be sampled.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::generate::{Finish, Turn, generate};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let turn = Turn { max_tokens: 40, ..Turn::new(engine.open()?, tokenizer.encode("Tom had a", true)?)? };
+/// let mut text = String::new();
+/// let (answers, timing) = generate(&mut engine, &tokenizer, &mut [turn], &mut |_, piece| {
+///     text += piece;
+///     if text.len() > 20 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+/// })?;
+/// assert_eq!((&answers[0].text, answers[0].finish), (&text, Finish::Interrupted));
+/// println!("{:.0} tokens/s", timing.decode_rate());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn generate(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
     turns: &mut [Turn],
     on_text: &mut dyn FnMut(usize, &str) -> ControlFlow<()>,
 ) -> Result<(Vec<Answer>, Timing)> {
-    let start = Instant::now();
-    let before: Vec<_> = turns.iter().map(|t| engine.position(t.seq) + t.prompt.len()).collect();
-    let mut timing = Timing { prompt_tokens: turns.iter().map(|t| t.prompt.len()).sum(), ..Timing::default() };
-    turns.iter_mut().for_each(|turn| turn.history.extend(&turn.prompt));
-    let mut running: Vec<_> = turns
+    let mut stream = stream(engine, tokenizer, turns);
+    let mut interrupted = false;
+    while !interrupted && stream.step()? {
+        for (turn, text) in stream.ready.drain(..) {
+            interrupted |= on_text(turn, &text).is_break();
+        }
+    }
+    stream.interrupt()?;
+    for (turn, text) in stream.ready.drain(..) {
+        let _ = on_text(turn, &text);
+    }
+    Ok(stream.answers())
+}
+
+/// [`generate`] as an iterator over (turn, text): pieces as they become certain. Nothing runs before the first is asked for.
+/// After an error it ends.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::generate::{Turn, stream};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let mut turns = [Turn { max_tokens: 8, ..Turn::new(engine.open()?, tokenizer.encode("Tom had a", true)?)? }];
+/// let mut pieces = stream(&mut engine, &tokenizer, &mut turns);
+/// let first = pieces.by_ref().take(3).map(|piece| Ok(piece?.1)).collect::<mindskip::Result<String>>()?;
+/// let (answers, _) = pieces.finish()?;
+/// assert_eq!(answers[0].tokens.len(), 3);
+/// assert!(answers[0].text.starts_with(&first));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
+pub fn stream<'a>(engine: &'a mut Engine, tokenizer: &Tokenizer, turns: &'a mut [Turn]) -> Stream<'a> {
+    let running = turns
         .iter()
         .map(|turn| Running {
+            before: engine.position(turn.seq) + turn.prompt.len(),
             tokens: Vec::new(),
             stream: tokenizer.stream(true),
             text: String::new(),
@@ -136,57 +191,115 @@ pub fn generate(
             finish: (turn.max_tokens == 0).then_some(Finish::Length),
         })
         .collect();
-    // The turns that go on, and the token behind each.
-    let mut active: Vec<usize> = (0..turns.len()).collect();
-    let mut tokens = advance(engine, turns, &active, None)?;
-    timing.prefill = start.elapsed();
-    let mut interrupted = false;
-    loop {
-        let mut next = Vec::with_capacity(active.len());
-        for (&i, &token) in active.iter().zip(&tokens) {
-            let (turn, run) = (&mut turns[i], &mut running[i]);
-            if run.finish.is_none() {
-                let text = run.take(turn, token)?;
-                interrupted |= on_text(i, &text).is_break();
-                run.text.push_str(&text);
-                let full = engine.position(turn.seq) + 1 > engine.plan().limits.context;
-                if run.finish.is_none() && full {
-                    run.finish = Some(Finish::Context);
+    let (active, next) = ((0..turns.len()).collect(), None);
+    Stream { engine, turns, running, active, next, ready: VecDeque::new(), timing: Timing::default() }
+}
+
+/// Answers at work, from [`stream`].
+pub struct Stream<'a> {
+    engine: &'a mut Engine,
+    turns: &'a mut [Turn],
+    running: Vec<Running>,
+    /// The turns that go on.
+    active: Vec<usize>,
+    /// The token that each of them reads next; None before the prompts are read.
+    next: Option<Vec<(Seq, u32)>>,
+    ready: VecDeque<(usize, String)>,
+    timing: Timing,
+}
+
+impl Iterator for Stream<'_> {
+    type Item = Result<(usize, String)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.ready.is_empty() {
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(e) => {
+                    self.active.clear();
+                    return Some(Err(e));
                 }
             }
-            if timing.first_token.is_zero() {
-                timing.first_token = start.elapsed();
-            }
-            if run.finish.is_none() {
-                next.push((i, (turn.seq, token)));
-            }
         }
-        active.clear();
-        active.extend(next.iter().map(|(i, _)| *i));
-        if active.is_empty() || interrupted {
-            break;
-        }
-        let step = Instant::now();
-        let read: Vec<_> = next.into_iter().map(|(_, token)| token).collect();
-        tokens = advance(engine, turns, &active, Some(&read))?;
-        timing.decode += step.elapsed();
-        timing.decoded_tokens += tokens.len();
+        self.ready.pop_front().map(Ok)
+    }
+}
+
+impl Stream<'_> {
+    /// What was made until now. A turn that has not come to its end is interrupted. Errors: Format when a decoder of text fails.
+    pub fn finish(mut self) -> Result<(Vec<Answer>, Timing)> {
+        self.interrupt()?;
+        Ok(self.answers())
     }
 
-    let mut answers = Vec::with_capacity(turns.len());
-    for (i, (turn, mut run)) in turns.iter_mut().zip(running).enumerate() {
-        let finish = run.finish.unwrap_or(Finish::Interrupted);
-        if finish != Finish::Stop {
-            let rest = std::mem::take(&mut run.held) + &run.stream.finish()?;
-            if !rest.is_empty() {
-                let _ = on_text(i, &rest);
-                run.text.push_str(&rest);
+    /// Reads what is to be read and takes a token for each turn that goes on; false when none does.
+    fn step(&mut self) -> Result<bool> {
+        if self.active.is_empty() {
+            return Ok(false);
+        }
+        let (start, read) = (Instant::now(), self.next.take());
+        if read.is_none() {
+            self.timing.prompt_tokens = self.turns.iter().map(|t| t.prompt.len()).sum();
+            self.turns.iter_mut().for_each(|turn| turn.history.extend(&turn.prompt));
+        }
+        let tokens = advance(self.engine, self.turns, &self.active, read.as_deref())?;
+        match read {
+            None => self.timing.prefill = start.elapsed(),
+            Some(read) => {
+                self.timing.decode += start.elapsed();
+                self.timing.decoded_tokens += read.len();
             }
         }
-        let read = engine.position(turn.seq) - before[i];
-        answers.push(Answer { text: run.text, tokens: run.tokens, read, finish });
+        let mut next = Vec::with_capacity(tokens.len());
+        for (i, token) in std::mem::take(&mut self.active).into_iter().zip(tokens) {
+            let (turn, run) = (&mut self.turns[i], &mut self.running[i]);
+            if run.finish.is_none() {
+                let mut text = run.take(turn, token)?;
+                if run.finish.is_none() && self.engine.position(turn.seq) + 1 > self.engine.plan().limits.context {
+                    run.finish = Some(Finish::Context);
+                }
+                if run.finish.is_some() {
+                    text += &run.rest()?;
+                }
+                run.text.push_str(&text);
+                self.ready.push_back((i, text));
+            }
+            if run.finish.is_none() {
+                self.active.push(i);
+                next.push((turn.seq, token));
+            }
+        }
+        if self.timing.first_token.is_zero() {
+            self.timing.first_token = start.elapsed();
+        }
+        self.next = Some(next);
+        Ok(true)
     }
-    Ok((answers, timing))
+
+    /// Ends the turns that go on, with the text that was held back.
+    fn interrupt(&mut self) -> Result<()> {
+        self.active.clear();
+        for (i, run) in self.running.iter_mut().enumerate().filter(|(_, run)| run.finish.is_none()) {
+            run.finish = Some(Finish::Interrupted);
+            let rest = run.rest()?;
+            if !rest.is_empty() {
+                run.text.push_str(&rest);
+                self.ready.push_back((i, rest));
+            }
+        }
+        Ok(())
+    }
+
+    fn answers(self) -> (Vec<Answer>, Timing) {
+        let answer = |(turn, run): (&Turn, Running)| Answer {
+            text: run.text,
+            tokens: run.tokens,
+            read: self.engine.position(turn.seq).saturating_sub(run.before),
+            finish: run.finish.unwrap_or(Finish::Interrupted),
+        };
+        (self.turns.iter().zip(self.running).map(answer).collect(), self.timing)
+    }
 }
 
 /// Reads the prompts, or a token each, and chooses the token behind each of the turns `active`: on the device, unless a
@@ -239,6 +352,14 @@ impl Running {
         let certain = self.held.len() - undecided(&self.held, &turn.stop);
         let rest = self.held.split_off(certain);
         Ok(std::mem::replace(&mut self.held, rest))
+    }
+
+    /// The text that was held back; none where a stop text has cut it off.
+    fn rest(&mut self) -> Result<String> {
+        if self.finish == Some(Finish::Stop) {
+            return Ok(String::new());
+        }
+        Ok(std::mem::take(&mut self.held) + &self.stream.finish()?)
     }
 }
 

@@ -44,6 +44,20 @@ pub mod weights;
 
 pub use error::{Error, Kind, Result};
 
+/// What may move to other threads, and what several may use at once.
+const _: () = {
+    const fn send<T: Send>() {}
+    const fn sync<T: Send + Sync>() {}
+    send::<engine::Engine>();
+    send::<generate::Turn>();
+    send::<tune::Tuner>();
+    sync::<bundle::Bundle>();
+    sync::<tokenizer::Tokenizer>();
+    sync::<chat::ChatTemplate>();
+    sync::<router::RouterSet>();
+    sync::<Error>();
+};
+
 /// The code in the README runs.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -223,6 +223,26 @@ impl MemoryPlan {
     }
 }
 
+/// For people: what it takes on the first line, then what of.
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Limits { context, batch, rows, chunk, .. } = self.limits;
+        write!(f, "{} for {batch} x {context} tokens", Size(self.total()))?;
+        if let Some(available) = self.available {
+            write!(f, ", {} may be used", Size(available))?;
+        }
+        let mut line = |bytes: u64, what: &str| write!(f, "\n{:>9}  {what}", Size(bytes).to_string());
+        line(self.weights, if self.in_place { "weights, in place in the mapped file" } else { "weights" })?;
+        let rows = format!("activations, {rows} rows at once in chunks of {chunk}");
+        line(self.activations() - self.workspace, &rows)?;
+        if self.workspace > 0 {
+            line(self.workspace, "workspace")?;
+        }
+        let (pages, page) = (self.kv.pages, Size(self.kv.page_bytes() as u64));
+        line(self.kv_bytes(), &format!("K/V, {pages} pages of {page} in {}", self.kv.dtype))
+    }
+}
+
 /// Bytes that may be used, of those that are free; None: any number.
 pub(crate) fn allowed(budget: Option<Budget>, free: Option<u64>) -> Option<u64> {
     match budget {

@@ -203,6 +203,18 @@ impl Overrides {
 }
 
 /// Trained routers and how to use them.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::router::{Keys, Overrides};
+///
+/// let mut routers = Bundle::embedded()?.routers.expect("it comes with some");
+/// routers.apply(&Overrides { keys: Some(Keys::Active), threshold: Some(0.4), ..Overrides::default() })?;
+/// routers.keep(&[3, 5])?;
+/// routers.thresholds.insert(5, 0.7);
+/// assert_eq!((routers.threshold(3), routers.threshold(5)), (0.4, 0.7));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct RouterSet {
     /// How the scores are used.
@@ -323,6 +335,18 @@ impl RouterSet {
         if overrides.threshold.is_some() {
             self.thresholds.clear();
         }
+        Ok(())
+    }
+
+    /// Gives up the routers of all other layers. Errors: Argument for a layer without a router.
+    pub fn keep(&mut self, layers: &[usize]) -> Result<()> {
+        if let Some(layer) = layers.iter().find(|l| !self.weights.contains_key(l)) {
+            let there: Vec<_> = self.weights.keys().map(usize::to_string).collect();
+            return Err(Error::new(Kind::Argument, format!("there is no router for layer {layer}"))
+                .action(format!("choose from {}", there.join(","))));
+        }
+        self.weights.retain(|layer, _| layers.contains(layer));
+        self.thresholds.retain(|layer, _| layers.contains(layer));
         Ok(())
     }
 

@@ -56,6 +56,16 @@ impl SamplerSettings {
 }
 
 /// Chooses the tokens of one sequence. After the first token it allocates nothing.
+///
+/// ```
+/// use mindskip::sample::{Sampler, SamplerSettings};
+///
+/// let mut greedy = Sampler::new(SamplerSettings::default())?;
+/// assert_eq!(greedy.sample(&[0.1, 2.5, -1.0], &[])?, 1);
+/// let penalty = SamplerSettings { repetition_penalty: 30.0, ..SamplerSettings::default() };
+/// assert_eq!(Sampler::new(penalty)?.sample(&[0.1, 2.5, -1.0], &[1])?, 0);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Sampler {
     settings: SamplerSettings,

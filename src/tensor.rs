@@ -2,9 +2,10 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::error::{Result, ensure};
+use crate::error::{Error, Kind, Result, ensure};
 
 /// How an element is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -40,6 +41,17 @@ impl fmt::Display for DType {
             DType::F16 => "f16",
             DType::BF16 => "bf16",
         })
+    }
+}
+
+impl FromStr for DType {
+    type Err = Error;
+    /// Errors: Argument.
+    fn from_str(text: &str) -> Result<Self> {
+        let all = [DType::F32, DType::F16, DType::BF16];
+        all.into_iter()
+            .find(|dtype| dtype.to_string() == text)
+            .ok_or_else(|| Error::new(Kind::Argument, format!("no such type: {text}")).action("give f32, f16 or bf16"))
     }
 }
 

@@ -16,8 +16,9 @@ mod rates;
 mod twin;
 
 use std::ops::Range;
+use std::str::FromStr;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::tensor::{DType, Tensor};
 
 pub use gradients::*;
@@ -165,6 +166,18 @@ pub enum Precision {
     Bf16,
 }
 
+impl FromStr for Precision {
+    type Err = Error;
+    /// `f32`, `bf16`. Errors: Argument.
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "f32" => Ok(Precision::F32),
+            "bf16" => Ok(Precision::Bf16),
+            _ => Err(Error::new(Kind::Argument, format!("no such precision: {text}")).action("give f32 or bf16")),
+        }
+    }
+}
+
 /// Which kernels a GPU runs where there are several for an op.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum Kernels {
@@ -176,6 +189,21 @@ pub enum Kernels {
     /// Attention of many rows by wgmma and TMA, on compute capability 9.0, in f16 and bf16 with a head_dim of 64 or 128;
     /// the others for the rest.
     Hopper,
+}
+
+impl FromStr for Kernels {
+    type Err = Error;
+    /// `auto`, `sm80`, `hopper`. Errors: Argument.
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Kernels::Auto),
+            "sm80" => Ok(Kernels::Sm80),
+            "hopper" => Ok(Kernels::Hopper),
+            _ => {
+                Err(Error::new(Kind::Argument, format!("no such kernels: {text}")).action("give auto, sm80 or hopper"))
+            }
+        }
+    }
 }
 
 /// FLOPs and bytes an op needs: multiply-adds count two, every operand is moved once.

@@ -59,28 +59,16 @@ pub struct RoutingArgs {
 }
 
 pub fn device(text: &str) -> Result<Device> {
-    match (text, text.strip_prefix("cuda:").map(str::parse)) {
-        ("auto", _) => Ok(Device::Auto),
-        ("cpu", _) => Ok(Device::Cpu),
-        ("cuda", _) => Ok(Device::Cuda(0)),
-        (_, Some(Ok(number))) => Ok(Device::Cuda(number)),
-        #[cfg(feature = "emulate")]
-        ("emulate", _) => Ok(Device::Emulated(0)),
-        _ => bad(format!("no such device: {text}"), "give cpu, cuda, cuda:N or auto"),
-    }
+    text.parse()
 }
 pub fn dtype(text: &str) -> Result<DType> {
-    let all = [DType::F32, DType::F16, DType::BF16];
-    let found = all.into_iter().find(|dtype| dtype.to_string() == text);
-    found.map_or_else(|| bad(format!("no such type: {text}"), "give f32, f16 or bf16"), Ok)
+    text.parse()
 }
 pub fn kernels(text: &str) -> Result<Kernels> {
-    match text {
-        "auto" => Ok(Kernels::Auto),
-        "sm80" => Ok(Kernels::Sm80),
-        "hopper" => Ok(Kernels::Hopper),
-        _ => bad(format!("no such kernels: {text}"), "give auto, sm80 or hopper"),
-    }
+    text.parse()
+}
+pub fn precision(text: &str) -> Result<Precision> {
+    text.parse()
 }
 pub fn granularity(text: &str) -> Result<Granularity> {
     text.parse()
@@ -133,15 +121,7 @@ impl RoutingArgs {
         set.check(&bundle.config, &bundle.weights.fingerprint())?;
         set.apply(&overrides)?;
         if let Some(spec) = &self.layers {
-            let wanted = spec.resolve(bundle.config.layers)?;
-            if let Some(layer) = wanted.iter().find(|l| !set.weights.contains_key(l)) {
-                let there: Vec<_> = set.weights.keys().map(usize::to_string).collect();
-                return bad(
-                    format!("there is no router for layer {layer}"),
-                    &format!("choose from {}", there.join(",")),
-                );
-            }
-            set.weights.retain(|layer, _| wanted.contains(layer));
+            set.keep(&spec.resolve(bundle.config.layers)?)?;
         }
         Ok(Some(Routing::routers(set)))
     }
@@ -184,8 +164,8 @@ pub struct RunArgs {
     threads: Option<usize>,
     /// On the CPU, what bf16 weights are multiplied with: f32 inputs, or inputs rounded to bf16 (twice as fast where the
     /// processor has AVX512-BF16).
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"])]
-    precision: String,
+    #[arg(long, default_value = "f32", value_parser = precision)]
+    precision: Precision,
     /// What weights, activations and K/V may take together on the device, such as 8G or 90%; all that is free when nothing is
     /// given.
     #[arg(long, visible_alias = "gpu-memory", value_name = "SIZE", value_parser = parse_budget)]
@@ -217,8 +197,7 @@ impl RunArgs {
     }
 
     pub fn options(&self, batch: usize, context: usize, rows: usize) -> Result<Options> {
-        let Self { device, dtype, kv_dtype, kernels, threads, memory, chunk, .. } = *self;
-        let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
+        let Self { device, dtype, kv_dtype, kernels, precision, threads, memory, chunk, .. } = *self;
         Ok(Options {
             device,
             dtype,

@@ -20,7 +20,7 @@ use mindskip::router::{Granularity, Keys, LayerSpec, Level, RouterSet, RouterSet
 use mindskip::tensor::DType;
 use mindskip::{Kind, Result, plot};
 
-use super::args::{device, dtype, granularity, kernels, keys, layers};
+use super::args::{device, dtype, granularity, kernels, keys, layers, precision};
 use super::progress::{catch_interrupts, interrupted};
 use super::{Failure, Outcome, Ran, bad};
 
@@ -198,8 +198,8 @@ struct Machine {
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Machine")]
     threads: Vec<usize>,
     /// On the CPU, what bf16 weights are multiplied with: f32 inputs, or inputs rounded to bf16.
-    #[arg(long, default_value = "f32", value_parser = ["f32", "bf16"], help_heading = "Machine")]
-    precision: String,
+    #[arg(long, default_value = "f32", value_parser = precision, help_heading = "Machine")]
+    precision: Precision,
     /// On a GPU, where an op has several kernels: auto, sm80 or hopper.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", value_parser = kernels,
         help_heading = "Machine")]
@@ -256,7 +256,6 @@ impl On {
 impl Machine {
     /// Every combination.
     fn settings(&self) -> Vec<Setting> {
-        let precision = if self.precision == "bf16" { Precision::Bf16 } else { Precision::F32 };
         let mut settings = Vec::new();
         for &device in &self.device {
             for dtype in each(&self.dtype) {
@@ -267,7 +266,7 @@ impl Machine {
                         dtype,
                         kv_dtype,
                         threads,
-                        precision,
+                        precision: self.precision,
                         kernels,
                         memory: self.memory,
                     }));

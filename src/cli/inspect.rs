@@ -153,24 +153,12 @@ fn print_routers(out: &mut dyn Write, set: &RouterSet) -> io::Result<()> {
 }
 
 fn print_plan(out: &mut dyn Write, plan: &MemoryPlan, routing: Option<&Routing>, all: bool) -> io::Result<()> {
-    let limits = &plan.limits;
-    let total = format!("{} for {} x {} tokens", Size(plan.total()), limits.batch, limits.context);
-    let available = plan.available.map_or(String::new(), |n| format!(", {} may be used", Size(n)));
-    writeln!(out, "  {:<13} {total}{available}", "memory")?;
+    for (i, line) in plan.to_string().lines().enumerate() {
+        writeln!(out, "  {:<13} {line}", if i == 0 { "memory" } else { "" })?;
+    }
     let mut line = |name: &str, bytes: u64, what: String| {
         writeln!(out, "  {:<13} {:>9}  {name}{what}", "", Size(bytes).to_string())
     };
-    line("weights", plan.weights, if plan.in_place { ", in place in the mapped file" } else { "" }.into())?;
-    let rows = format!(", {} rows at once in chunks of {}", limits.rows, limits.chunk);
-    line("activations", plan.activations() - plan.workspace, rows)?;
-    if plan.workspace > 0 {
-        line("workspace", plan.workspace, String::new())?;
-    }
-    line(
-        "K/V",
-        plan.kv_bytes(),
-        format!(", {} pages of {} in {}", plan.kv.pages, Size(plan.kv.page_bytes() as u64), plan.kv.dtype),
-    )?;
     if let Some(routing) = routing.filter(|r| !r.settings.keeps_kv()) {
         let held = |capacity| match plan.kv_tokens(routing.layers.len(), capacity) {
             Some(tokens) => format!("{tokens} tokens at capacity {capacity}"),
