@@ -127,7 +127,7 @@ impl Explain {
     }
 }
 
-/// Which layer's trace entry is a token's: the only one where the sequence was decided as a whole.
+/// Whether a token passed, and its score: the sequence's where it was decided as a whole.
 fn at(trace: &LayerTrace, token: usize) -> (bool, f32) {
     let entry = if trace.active.len() == 1 { 0 } else { token };
     (trace.active[entry], trace.scores[entry])
