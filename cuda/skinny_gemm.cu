@@ -240,8 +240,9 @@ template <int EPILOGUE> __device__ void skinny_f32(const SkinnyArgs& args) {
         }
 #pragma unroll
         for (int j = 0; j < ROWS; j++) {
+            if (row0 + j >= n) break;
             const float sum = warp_sum(sums[PARTS - 1][j]), gate = PARTS == 2 ? warp_sum(sums[0][j]) : 0;
-            if (lane == 0 && row0 + j < n) put<float, EPILOGUE>(args, of, row0 + j, column, sum, gate);
+            if (lane == 0) put<float, EPILOGUE>(args, of, row0 + j, column, sum, gate);
         }
     }
 }

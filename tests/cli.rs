@@ -235,6 +235,60 @@ fn score_gives_the_numbers_of_the_reference() {
     }
 }
 
+/// What `explain` says of a text is what `score --trace` says; a page is written beside it.
+#[test]
+fn explain_shows_what_each_token_passed() {
+    let text = "Tom <b>had</b> a \u{1b}[31m \u{1f469} ball.";
+    let dir = tempfile::tempdir().unwrap();
+    let page = dir.path().join("page.html");
+    let value = json(&["explain", text, "--json", "--html", page.to_str().unwrap()]);
+    let traced = json(&["score", "--text", text, "--json", "--trace"]);
+    let tokens = value["tokens"].as_array().unwrap();
+    let column = |name: &str| tokens.iter().map(|token| token[name].clone()).collect::<Vec<_>>();
+    assert_eq!(column("id"), *traced["ids"].as_array().unwrap());
+    let joined: String = column("text").iter().map(|text| text.as_str().unwrap()).collect();
+    assert_eq!(joined, format!("<|endoftext|>{text}"));
+    let layers = traced["layers"].as_array().unwrap();
+    for (i, passed) in column("passed").iter().enumerate() {
+        let active = layers.iter().filter(|layer| layer["active"][i] == 1).count();
+        assert_eq!(*passed, active, "token {i}");
+    }
+    for (layer, traced) in value["layers"].as_array().unwrap().iter().zip(layers) {
+        assert_eq!((&layer["scores"], &layer["active"]), (&traced["scores"], &traced["active"]));
+        let active: u64 = traced["active"].as_array().unwrap().iter().map(|a| a.as_u64().unwrap()).sum();
+        let capacity = layer["capacity"].as_f64().unwrap();
+        assert!((capacity - active as f64 / tokens.len() as f64).abs() < 1e-9, "{layer}");
+    }
+    let html = std::fs::read_to_string(&page).unwrap();
+    let score = layers[1]["scores"][1].as_f64().unwrap();
+    assert!(html.contains(&format!("data-t=\"Tom · layer 4 · score {score:.4} · ")), "{html}");
+    assert!(!html.contains("<b>had"), "{html}");
+
+    // No terminal: a line for each token, and no escapes. The same from a file, standard input and ids.
+    let plain = ok(&["explain", text]);
+    assert!(!plain.contains('\x1b') && plain.contains("  Tom\n") && plain.contains("layer   7"), "{plain}");
+    assert_eq!(plain.lines().filter(|line| line.contains("/5  ")).count(), tokens.len());
+    let file = dir.path().join("text");
+    std::fs::write(&file, format!("{text}\n")).unwrap();
+    assert_eq!(ok(&["explain", "--file", file.to_str().unwrap()]), plain);
+    assert_eq!(ok(&["explain", "--text", text]), plain);
+    let piped = program().arg("explain").stdin(std::fs::File::open(file).unwrap()).output().unwrap();
+    assert_eq!(String::from_utf8(piped.stdout).unwrap(), plain);
+    let ids: Vec<_> = column("id").iter().map(Value::to_string).collect();
+    assert_eq!(ok(&["explain", "--ids", &ids.join(",")]), plain);
+
+    // A sequence that is decided as a whole: every token is.
+    let whole = json(&["explain", text, "--json", "--granularity", "attn_sequence", "--threshold", "0.1"]);
+    let layers = whole["layers"].as_array().unwrap();
+    let passed = layers.iter().filter(|layer| layer["active"] == serde_json::json!([1])).count();
+    assert!(whole["tokens"].as_array().unwrap().iter().all(|token| token["passed"] == passed), "{whole}");
+
+    fails(&["explain", text, "--routers", "none"], &["every token passes", "--routers FILE"]);
+    fails(&["explain", ""], &["nothing to explain"]);
+    fails(&["explain", &"word ".repeat(2000)], &["longer than the context of 512"]);
+    fails(&["explain", text, "--html", "/no/such/folder/page"], &["/no/such/folder"]);
+}
+
 #[test]
 fn a_random_mask_needs_no_routers() {
     let model = goldens().join("routing/model");

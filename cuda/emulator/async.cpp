@@ -19,6 +19,9 @@
 #include <vector>
 
 namespace emu {
+
+__thread bool copying;
+
 namespace {
 
 constexpr int POISON = 0xff;
@@ -311,10 +314,8 @@ void check_unread(const char* at, size_t size, Site site) {
 } // namespace
 
 void async_begin() {
-    if (std::exchange(used, false)) async = {};
+    if (std::exchange(used, false)) async = {}, copying = false;
 }
-
-bool async_copies() { return used && !async.copies.empty(); }
 
 void async_copy_piece() {
     BoxCopy& copy = async.copies[draw(async.copies.size())];
@@ -339,6 +340,7 @@ void async_copy_piece() {
     if (copy.left.empty()) {
         std::swap(copy, async.copies.back());
         async.copies.pop_back();
+        copying = !async.copies.empty();
     }
     end_if_complete(phase);
 }
@@ -407,6 +409,7 @@ void copy_box(void* to, const void* map, uint32_t row, uint32_t column, void* ba
     memset(copy.to, POISON, copy.bytes());
     memset(seen(copy.to), POISON, copy.bytes());
     async.copies.push_back(std::move(copy));
+    copying = true;
     maybe_yield();
 }
 

@@ -39,8 +39,9 @@ void products_wait(uint32_t groups_left, Site site);
 
 // A block starts.
 void async_begin();
-// Whether copies are under way; a piece of one arrives.
-bool async_copies();
+// Whether copies are under way.
+extern __thread bool copying __attribute__((tls_model("initial-exec")));
+// A piece of one arrives.
 void async_copy_piece();
 // What is under way when the block ends, or nothing.
 std::string async_left();

@@ -160,24 +160,27 @@ struct Copy {
     void* place; // in the kernel
 };
 
-struct Fiber : Thread {
+// What every change of turns touches comes first, in one line of the cache.
+struct alignas(64) Fiber : Thread {
     Context context;
-    races::Track track;
-    Pages stack;
-    std::vector<Copy> copies;
-    uint32_t groups; // closed so far
     // While it waits:
     const char* what;
     Site site;
     uint32_t mask;
+    uint32_t groups; // of copies, closed so far
     Finish finish;
-    void* mine;
+    races::Track track;
+    Pages stack;
+    std::vector<Copy> copies;
 };
 
 struct Warp {
     uint32_t exists, exited;
     uint32_t ready;   // neither runs nor waits
     uint32_t waiting; // in collective()
+    bool alike;       // those that wait came with this mask and finish
+    uint32_t mask;
+    Finish finish;
     // Lanes take turns in the order (a * i + b) % 32, with an odd a.
     uint32_t a, b, i;
     void* mine[32];
@@ -231,10 +234,12 @@ struct Worker {
 
     void run(uint64_t index);
     void start(uint64_t index);
+    bool turn_warp();
     Fiber* pick();
     void go(Fiber* to);
     void go_on();
     void check_races();
+    [[noreturn]] void deadlock();
     [[noreturn]] void leave();
     void shuffle_warps();
     void shuffle_lanes(Warp& warp);
@@ -301,18 +306,22 @@ void Worker::shuffle_warps() {
     warp = warp_order[0];
 }
 
-// The next thread to run; null when none can.
-Fiber* Worker::pick() {
-    if (async_copies() && random.below(4) == 0) async_copy_piece();
-    if (!warps[warp].ready) {
-        uint32_t *const end = warp_order + warp_count, *next;
-        const auto is_ready = [&](uint32_t w) { return warps[w].ready; };
-        while ((next = std::find_if(warp_order, end, is_ready)) == end) {
-            if (!async_copies()) return nullptr;
-            async_copy_piece(); // others may be waiting for it
-        }
-        warp = *next;
+// To the first warp that can run; whether there is one.
+__attribute__((noinline)) bool Worker::turn_warp() {
+    uint32_t *const end = warp_order + warp_count, *next;
+    const auto is_ready = [&](uint32_t w) { return warps[w].ready; };
+    while ((next = std::find_if(warp_order, end, is_ready)) == end) {
+        if (!copying) return false;
+        async_copy_piece(); // others may be waiting for it
     }
+    warp = *next;
+    return true;
+}
+
+// The next thread to run; null when none can.
+inline Fiber* Worker::pick() {
+    if (copying && random.below(4) == 0) async_copy_piece();
+    if (!warps[warp].ready && !turn_warp()) return nullptr;
     Warp& w = warps[warp];
     for (;;) {
         const uint32_t lane = (w.a * w.i++ + w.b) % 32;
@@ -322,7 +331,7 @@ Fiber* Worker::pick() {
     }
 }
 
-void Worker::go(Fiber* to) {
+inline void Worker::go(Fiber* to) {
     Fiber* from = current;
     if (from == to) return;
     now = current = to;
@@ -342,11 +351,13 @@ void Worker::check_races() {
     if (const std::string race = races::take(); !race.empty()) fail("%s", race.c_str());
 }
 
+__attribute__((noinline)) void Worker::deadlock() { fail("deadlock: %s", waiting().c_str()); }
+
 // Gives the turn to another thread; returns when the calling one has it again.
-void Worker::go_on() {
+inline void Worker::go_on() {
     check_races();
     Fiber* next = pick();
-    if (!next) fail("deadlock: %s", waiting().c_str());
+    if (!next) deadlock();
     go(next);
 }
 
@@ -624,9 +635,11 @@ void collective(const char* what, uint32_t mask, void* mine, Finish finish, Site
     me.mask = mask;
     me.finish = finish;
     warp.mine[me.lane] = mine;
+    if (!warp.waiting) warp.alike = true, warp.mask = mask, warp.finish = finish;
+    warp.alike &= warp.mask == mask && warp.finish == finish;
     warp.waiting |= 1u << me.lane;
     if ((warp.waiting & mask) == mask) {
-        for (uint32_t left = mask; left; left &= left - 1) {
+        for (uint32_t left = warp.alike ? 0 : mask; left; left &= left - 1) {
             const Fiber& other = *w.fibers[32 * index + __builtin_ctz(left)];
             if (other.mask != mask || other.finish != finish)
                 fail("%s at %s with mask %08x, but lane %u waits in %s at %s with mask %08x", what, text(site).c_str(),

@@ -229,7 +229,7 @@ pub fn read_ids(path: &PathBuf) -> Result<Vec<u32>> {
 }
 
 /// A prompt does not end in the newline that ends a file, or what `echo` writes.
-fn without_last_newline(mut text: String) -> String {
+pub fn without_last_newline(mut text: String) -> String {
     if text.ends_with('\n') {
         text.pop();
         text.truncate(text.strip_suffix('\r').unwrap_or(&text).len());
@@ -244,7 +244,7 @@ pub fn read_text(path: &PathBuf) -> Result<String> {
         .map_err(|_| Error::new(Kind::Argument, "not UTF-8 text").at(path).action("convert it to UTF-8"))
 }
 
-fn read_stdin() -> Result<String> {
+pub fn read_stdin() -> Result<String> {
     if io::stdin().is_terminal() {
         return bad("no prompt", "give one as an argument, with --file, or on standard input");
     }

@@ -6,6 +6,7 @@ mod chat;
 mod demo;
 mod doctor;
 mod eval;
+mod explain;
 mod generate;
 mod inspect;
 mod progress;
@@ -34,6 +35,7 @@ enum Command {
     Generate(generate::Generate),
     Chat(chat::Chat),
     Score(score::Score),
+    Explain(explain::Explain),
     Inspect(inspect::Inspect),
     Bench(Box<bench::Bench>),
     Eval(Box<eval::Eval>),
@@ -63,6 +65,7 @@ pub fn main() -> ExitCode {
         Some(Command::Generate(command)) => command.run(),
         Some(Command::Chat(command)) => command.run(),
         Some(Command::Score(command)) => command.run(),
+        Some(Command::Explain(command)) => command.run(),
         Some(Command::Inspect(command)) => command.run(),
         Some(Command::Bench(command)) => command.run(),
         Some(Command::Eval(command)) => command.run(),

@@ -96,7 +96,7 @@ impl Score {
     }
 }
 
-fn trace_json(trace: LayerTrace) -> Value {
+pub fn trace_json(trace: LayerTrace) -> Value {
     let active: Vec<u8> = trace.active.into_iter().map(u8::from).collect();
     json!({"layer": trace.layer, "active": active, "scores": trace.scores})
 }
