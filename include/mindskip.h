@@ -3,14 +3,14 @@
  *
  * Status     Every function that can fail returns a mindskip_status. mindskip_error() has the text of the last failure on
  *            the calling thread: the cause, the file and what to do next. A call that fails changes nothing else than what
- *            it says. No panic of the library reaches the caller: it becomes MINDSKIP_ERROR_PANIC.
+ *            its function says. No panic of the library reaches the caller: it becomes MINDSKIP_ERROR_PANIC.
  *
  * Handles    Models, routers, engines and samplers are handles: numbers that only look like pointers, and are never used
  *            twice. NULL, one that was freed and one of another kind are refused with MINDSKIP_ERROR_HANDLE. Each has a function
  *            that frees it, in any order: what an engine needs of its model lives as long as the engine. NULL may be freed.
  *
  * Structs    Clear all of a struct (memset) and set `size`, its first field, to its sizeof. Zero in every other field of one
- *            that goes in is its default. Fields will be added at the end; a library that is older than the header refuses
+ *            that goes in is its default. mindskip_message and mindskip_prompt have no size and stay as they are. Fields will be added at the end; a library that is older than the header refuses
  *            fields that it does not know, unless they are zero.
  *
  * Text       is UTF-8. What goes in ends with NUL. What comes out goes into a buffer of the caller, with a NUL behind it:
@@ -18,7 +18,7 @@
  *            nothing is written but `*length`, and MINDSKIP_ERROR_SPACE says so: call again with `*length + 1` bytes. Lists of
  *            numbers go the same way, without a NUL.
  *
- * Memory     What goes in is read during the call and not kept. What a returned pointer points to belongs to the library
+ * Memory     What goes in is read during the call and not kept, and does not overlap with what comes out. What a returned pointer points to belongs to the library
  *            and stays as long as its function says.
  *
  * Threads    All functions may be called from any thread. Models and routers may be used by several threads at once. An
@@ -162,7 +162,7 @@ typedef struct mindskip_routing {
     const char *select;
     /* The layers to route, of those that have routers: "last:N", "all", "3-9", "1,2,5". */
     const char *layers;
-    /* Active from this score on, (0, 1]. A score is never 0: everything is active at 1e-30. */
+    /* Active from this score on, (0, 1]. At 1e-30 all is active whose logit is above -69. */
     float threshold;
     /* The share that "topk" takes, (0, 1]. */
     float capacity;
@@ -212,7 +212,7 @@ mindskip_status mindskip_engine_new(mindskip_model *model, mindskip_routers *rou
 mindskip_status mindskip_engine_free(mindskip_engine *engine);
 
 /* Routes otherwise from here on; NULL: not at all. ARGUMENT while a sequence is open, and for more layers than the engine
- * was made with. */
+ * was made with; MISMATCH for routers of another model. After another failure the engine may be dense. */
 mindskip_status mindskip_engine_route(mindskip_engine *engine, mindskip_routers *routers);
 
 /* What it runs on, for people: "cpu, 2 threads, avx2". */
@@ -238,7 +238,8 @@ typedef struct mindskip_plan {
 } mindskip_plan;
 
 /* The memory that an engine would take, without making it: as numbers, `plan`, and for people, `text`. Either may be NULL,
- * with `length` for the text. Arguments and failures as of mindskip_engine_new. */
+ * with `length` for the text; `plan` is written even where the text does not fit. Arguments and failures as of
+ * mindskip_engine_new. */
 mindskip_status mindskip_plan_for(mindskip_model *model, mindskip_routers *routers, const mindskip_options *options,
                                   mindskip_plan *plan, char *text, size_t capacity, size_t *length);
 
@@ -268,7 +269,8 @@ typedef struct mindskip_prompt {
 } mindskip_prompt;
 
 /* Reads `count` prompts, or more of them: tokens follow what their sequence holds. `*logits` becomes [count, vocab],
- * row-major: those behind the last token of each prompt, until the next call with the engine. `logits` may be NULL.
+ * row-major: those behind the last token of each prompt, until the next call with the engine. `logits` may be NULL;
+ * `*logits` is NULL after a failure.
  *
  * ARGUMENT for an empty prompt, an id beyond the vocabulary, a sequence that is closed or occurs twice, more tokens than the
  * context or `rows`; MEMORY when the K/V pool is full; NUMERIC for logits that are not numbers. The sequences are as before
@@ -373,11 +375,14 @@ typedef struct mindskip_answer {
 
 /* Called once for every token of every turn, with the text that became certain by it: `length` bytes and a NUL, often one
  * word, sometimes none; whole characters, nothing of a stop text. Returns 0 to go on; anything else ends the generation with
- * what was made. */
+ * what was made, and it is not called again. */
 typedef int32_t (*mindskip_on_text)(void *user, size_t turn, const char *text, size_t length);
 
 /* Reads all prompts in one prefill, then decodes all sequences together until each has come to its end. `on_text` may be
- * NULL; `user` is handed to it. `answers`: [count], `size` set in each; may be NULL. Failures as of mindskip_prefill. */
+ * NULL; `user` is handed to it. `answers`: [count], `size` set in each; may be NULL.
+ *
+ * Failures as of mindskip_prefill, but those of a later step find the sequences with what was read until then
+ * (mindskip_seq_position), and there are no answers. */
 mindskip_status mindskip_generate(mindskip_engine *engine, const mindskip_turn *turns, size_t count,
                                   mindskip_on_text on_text, void *user, mindskip_answer *answers);
 

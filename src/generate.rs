@@ -218,6 +218,7 @@ impl Iterator for Stream<'_> {
                 Ok(false) => return None,
                 Err(e) => {
                     self.active.clear();
+                    self.ready.clear();
                     return Some(Err(e));
                 }
             }

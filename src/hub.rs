@@ -88,6 +88,7 @@ impl Hub {
     pub fn fetch(&self, id: &HubId) -> Result<PathBuf> {
         let agent = Agent::config_builder()
             .user_agent(concat!("mindskip/", env!("CARGO_PKG_VERSION")))
+            .https_only(self.endpoint.starts_with("https:")) // nor do redirects lead away from it
             .redirect_auth_headers(RedirectAuthHeaders::SameHost) // not the stores that large files are redirected to
             .timeout_resolve(Some(self.patience))
             .timeout_connect(Some(self.patience))

@@ -119,14 +119,17 @@ pub unsafe extern "C" fn mindskip_generate(
             let mut work = work?;
             let tokenizer = session.model.tokenizer.clone();
             session.answers.clear();
+            // A caller who said stop may have freed what the callback uses.
+            let mut on_text = on_text;
             let made = generate(&mut session.engine, &tokenizer, &mut work, &mut |turn, text| {
-                let Some(on_text) = on_text else { return ControlFlow::Continue(()) };
+                let Some(call) = on_text else { return ControlFlow::Continue(()) };
                 let with_nul = [text.as_bytes(), b"\0"].concat();
                 // SAFETY: the header has the caller give a function of this type, which does not unwind.
-                match unsafe { on_text(user, turn, with_nul.as_ptr().cast(), text.len()) } {
-                    0 => ControlFlow::Continue(()),
-                    _ => ControlFlow::Break(()),
+                if unsafe { call(user, turn, with_nul.as_ptr().cast(), text.len()) } == 0 {
+                    return ControlFlow::Continue(());
                 }
+                on_text = None;
+                ControlFlow::Break(())
             });
             for (sampler, turn) in held.iter_mut().zip(work) {
                 if let Some(sampler) = sampler {
@@ -158,7 +161,11 @@ unsafe fn to_turn(session: &Session, turn: &mindskip_turn, sampler: Option<&Samp
             history: list("history", turn.history, turn.history_count)?.to_vec(),
             sampler: sampler.unwrap_or(&greedy.sampler).clone(),
             max_tokens: if turn.max_tokens == 0 { usize::MAX } else { turn.max_tokens },
-            eos: if turn.eos.is_null() { eos.to_vec() } else { list("eos", turn.eos, turn.eos_count)?.to_vec() },
+            eos: if turn.eos.is_null() && turn.eos_count == 0 {
+                eos.to_vec()
+            } else {
+                list("eos", turn.eos, turn.eos_count)?.to_vec()
+            },
             stop: stop?,
             ..greedy
         })

@@ -1,6 +1,7 @@
 //! The types and numbers of the header, field by field.
 
 use std::ffi::{c_char, c_void};
+use std::mem::offset_of;
 
 pub const MINDSKIP_ABI_VERSION: u32 = 1;
 
@@ -53,16 +54,25 @@ pub unsafe trait Growing: Copy {
     const LEAST: usize;
 }
 
+/// Structs, each with the last field that it was first published with.
 macro_rules! growing {
-    ($($name:ident)+) => {$(
+    ($($name:ident $last:ident: $type:ty),+) => {$(
         // SAFETY: below; the other fields are numbers and pointers.
         unsafe impl Growing for $name {
-            const LEAST: usize = size_of::<$name>();
+            const LEAST: usize = (offset_of!($name, $last) + size_of::<$type>()).next_multiple_of(align_of::<$name>());
         }
     )+};
 }
-growing!(mindskip_model_info mindskip_routing mindskip_options mindskip_plan);
-growing!(mindskip_sampling mindskip_turn mindskip_answer mindskip_stats);
+growing!(
+    mindskip_model_info has_chat_template: i32,
+    mindskip_routing capacity: f32,
+    mindskip_options chunk: usize,
+    mindskip_plan chunk: usize,
+    mindskip_sampling sequence: u64,
+    mindskip_turn stop_count: usize,
+    mindskip_answer finish: i32,
+    mindskip_stats kv_saved_bytes: u64
+);
 
 #[derive(Clone, Copy)]
 #[repr(C)]

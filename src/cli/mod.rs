@@ -88,7 +88,8 @@ pub fn main() -> ExitCode {
 }
 
 fn fail(message: &str) -> ExitCode {
-    let _ = writeln!(io::stderr(), "mindskip: error: {message}");
+    // It may quote what stands in a stranger's file.
+    let _ = writeln!(io::stderr(), "mindskip: error: {}", show::visible(message));
     ExitCode::FAILURE
 }
 

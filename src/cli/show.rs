@@ -132,3 +132,12 @@ pub fn timing_line(timing: &Timing) -> String {
         timing.first_token.as_secs_f64() * 1e3,
     )
 }
+
+/// With what would do something in place of being seen written out: what controls a terminal, or turns the direction of a
+/// text. Lines stay lines.
+pub fn visible(text: &str) -> String {
+    let turns =
+        |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let hidden = |c: char| turns(c) || c.is_control() && !matches!(c, '\n' | '\t');
+    text.chars().map(|c| if hidden(c) { c.escape_unicode().to_string() } else { c.into() }).collect()
+}

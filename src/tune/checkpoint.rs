@@ -40,11 +40,16 @@ pub fn open(path: &Path, identity: &str, values: usize) -> Result<TrainState> {
     }
     let read = |name: &str| weights.tensor(name, 1, values).map(|tensor| tensor.to_f32());
     let lambda: u64 = get("lambda").parse().map_err(|_| broken())?;
-    Ok(TrainState {
+    let state = TrainState {
         step: get("step").parse().map_err(|_| broken())?,
         routers: read(TENSORS[0])?,
         means: read(TENSORS[1])?,
         squares: read(TENSORS[2])?,
         lambda: f64::from_bits(lambda),
-    })
+    };
+    let values = [&state.routers, &state.means, &state.squares];
+    if !state.lambda.is_finite() || values.into_iter().flatten().any(|value| !value.is_finite()) {
+        return Err(broken());
+    }
+    Ok(state)
 }

@@ -255,13 +255,15 @@ impl<'a> Work<'a> {
             let head = self.kv.head(self.table[page], self.share.kv_head, room);
             let mut i = 0;
             while i < self.len() {
-                // As many accumulators as the registers hold: 6 queries by 4 vectors, or 3 by 2.
+                // As many accumulators as the registers hold: 6 queries by 4 vectors, or 6 by 1, which reads fewer keys
+                // for each than 3 by 2: SmolLM2-135M reads 2048 tokens at 303 tokens/s on 2 cores, 265 before.
                 i += match (self.len() - i, S::f32s::LEN) {
                     (6.., LANES) => self.tile::<S, 6, 4>(simd, page, head, i, state),
                     (4.., LANES) => self.tile::<S, 4, 4>(simd, page, head, i, state),
                     (3, LANES) => self.tile::<S, 3, 4>(simd, page, head, i, state),
                     (2, LANES) => self.tile::<S, 2, 4>(simd, page, head, i, state),
                     (_, LANES) => self.tile::<S, 1, 4>(simd, page, head, i, state),
+                    (6.., _) => self.tile::<S, 6, 1>(simd, page, head, i, state),
                     (3.., _) => self.tile::<S, 3, 2>(simd, page, head, i, state),
                     (2, _) => self.tile::<S, 2, 2>(simd, page, head, i, state),
                     _ => self.tile::<S, 1, 2>(simd, page, head, i, state),

@@ -185,8 +185,8 @@ impl Linear {
 /// Every number of rows with every shape; types, biases and counts take turns.
 fn linear_variants(types: Types) -> impl Iterator<Item = Linear> {
     const ROWS: [usize; 12] = [0, 1, 2, 3, 4, 5, 6, 7, 17, 33, 64, 70];
-    // Inner widths around the vector of 16, outputs around tiles of 6 and 48 and above a task's 480; the largest is worth a
-    // fork for a single row.
+    // Inner widths around the vector of 16, outputs around vectors of 16 and blocks of 48; the largest is worth a fork for a single
+    // row.
     const SHAPES: [(usize, usize); 13] = [
         (1, 1),
         (2, 3),

@@ -15,7 +15,7 @@ use super::args::{ModelArgs, RoutingArgs, RunArgs};
 use super::generate::{read_stdin, read_text, too_long, without_last_newline};
 use super::progress::catch_interrupts;
 use super::score::trace_json;
-use super::show::{Usage, routing_line};
+use super::show::{Usage, routing_line, visible};
 use super::{Outcome, Ran, bad, print_json};
 
 /// A text, each token shaded by how many routed layers it passed
@@ -89,7 +89,7 @@ struct Report {
 impl Explain {
     pub fn run(self) -> Ran {
         let bundle = self.model.load()?;
-        let Some(routing) = self.routing.routing(&bundle)? else {
+        let Some(routing) = self.routing.routing(&bundle)?.filter(|routing| !routing.layers.is_empty()) else {
             return Ok(bad("nothing is routed, every token passes every layer", "give --routers FILE or --capacity")?);
         };
         let tokenizer = bundle.tokenizer()?;
@@ -151,15 +151,6 @@ fn colours() -> bool {
     let no = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
     io::stdout().is_terminal() && !no && !dumb
-}
-
-/// With what would do something in place of being seen written out: what controls a terminal, or turns the direction of a
-/// text. Lines stay lines.
-fn visible(text: &str) -> String {
-    let turns =
-        |c| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    let hidden = |c: char| turns(c) || c.is_control() && !matches!(c, '\n' | '\t');
-    text.chars().map(|c| if hidden(c) { c.escape_unicode().to_string() } else { c.into() }).collect()
 }
 
 /// A token's text as a name of it, in one line.
