@@ -25,9 +25,12 @@ use crate::tensor::Data;
 /// Interleaving 4 weight rows reached 14 GB/s, because the prefetcher loses the streams.
 const STREAMED: usize = 4;
 
-/// Floats of source rows that a task packs: with 1 KiB of sums for each row they stay in the second-level cache, and
-/// widening weights for them counts for little. On one core of an EPYC 7003, 888 rows of 576 values: 63 GFLOP/s, 55 with half as many.
+/// Floats of source rows that a task packs: with their sums they stay in the second-level cache, and widening weights for them
+/// counts for little. On one core of an EPYC 7003, 888 rows of 576 values: 63 GFLOP/s, 55 with half as many.
 const PACKED: usize = 1 << 16;
+
+/// At most so many rows, however narrow: each has 1 KiB of sums besides, which is memory that no plan states.
+const MOST: usize = 96;
 
 /// At least so many rows, however wide: 128 rows of 8192 values 33 to 40 GFLOP/s, 15 to 19 with the eight that [`PACKED`]
 /// leaves of them.
@@ -192,7 +195,7 @@ impl<'o> Blocks<'o> {
         out: impl Iterator<Item = &'o mut [f32]>,
     ) -> Self {
         let (rows, width) = (source.rows, linear.weight.len() / source.width);
-        let most = if packed { (PACKED / source.width).max(LEAST) } else { usize::MAX };
+        let most = if packed { (PACKED / source.width).clamp(LEAST, MOST) } else { usize::MAX };
         let passes = rows.div_ceil(most).max(1);
         // Four tasks for each thread even out their speeds.
         let blocks = (4 * threads.count()).div_ceil(passes);
@@ -588,7 +591,6 @@ mod tests {
                         assert_eq!(a.to_bits(), b.to_bits(), "{level:?}: {rows}x{width} at {i}, {j}");
                         let terms = x.iter().zip(&w[j * width..][..width]);
                         let expected = terms.map(|(x, w)| f64::from(*x) * w.to_f64()).sum::<f64>() + f64::from(bias[j]);
-                        // Measured: 3e-7 of 1 + |expected|.
                         let error = (f64::from(*a) - expected).abs() / (1.0 + expected.abs());
                         assert!(error <= 1e-6, "{level:?}: {rows}x{width} at {i}, {j}: {a}, {expected}");
                     }
