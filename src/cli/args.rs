@@ -36,19 +36,19 @@ pub struct RoutingArgs {
     #[arg(long, value_name = "FILE")]
     routers: Option<PathBuf>,
     /// What is skipped, and what decides: attn, mlp or block, by token or sequence (attn_token …).
-    #[arg(long, value_name = "NAME", value_parser = granularity)]
+    #[arg(long, value_name = "NAME")]
     granularity: Option<Granularity>,
     /// Whose keys and values a routed layer holds: all, active.
-    #[arg(long, value_name = "WHOSE", value_parser = keys)]
+    #[arg(long, value_name = "WHOSE")]
     keys: Option<Keys>,
     /// How scores decide: threshold, or topk of each prompt (Mixture-of-Depths).
-    #[arg(long, value_name = "HOW", value_parser = select)]
+    #[arg(long, value_name = "HOW")]
     select: Option<Select>,
     /// Active from this score on, 0 to 1.
     #[arg(long, value_name = "SCORE", allow_negative_numbers = true)]
     threshold: Option<f32>,
     /// Routed layers: last:N (before the final one), all, 3-9, 1,2,5. Of a router file, only these.
-    #[arg(long, value_parser = layers)]
+    #[arg(long)]
     layers: Option<LayerSpec>,
     /// The share that --select topk takes; else a random mask with this share active, which needs no routers.
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
@@ -56,31 +56,6 @@ pub struct RoutingArgs {
     /// Of the random mask.
     #[arg(long, value_name = "SEED", default_value_t = 0)]
     mask_seed: u64,
-}
-
-pub fn device(text: &str) -> Result<Device> {
-    text.parse()
-}
-pub fn dtype(text: &str) -> Result<DType> {
-    text.parse()
-}
-pub fn kernels(text: &str) -> Result<Kernels> {
-    text.parse()
-}
-pub fn precision(text: &str) -> Result<Precision> {
-    text.parse()
-}
-pub fn granularity(text: &str) -> Result<Granularity> {
-    text.parse()
-}
-pub fn keys(text: &str) -> Result<Keys> {
-    text.parse()
-}
-fn select(text: &str) -> Result<Select> {
-    text.parse()
-}
-pub fn layers(text: &str) -> Result<LayerSpec> {
-    text.parse()
 }
 
 impl RoutingArgs {
@@ -147,24 +122,24 @@ impl RoutingArgs {
 #[command(next_help_heading = "Machine")]
 pub struct RunArgs {
     /// Where to run: cpu, cuda, cuda:N, or auto, which is the first GPU if there is one.
-    #[arg(long, default_value = "auto", value_parser = device)]
+    #[arg(long, default_value = "auto")]
     device: Device,
     /// On a GPU: f32, f16 or bf16 for weights and activations; as the model is stored when nothing is given.
-    #[arg(long, value_name = "DTYPE", value_parser = dtype)]
+    #[arg(long, value_name = "DTYPE")]
     dtype: Option<DType>,
     /// f32, f16 or bf16 for K/V; as the activations when nothing is given, which are f32 on the CPU.
-    #[arg(long, value_name = "DTYPE", value_parser = dtype)]
+    #[arg(long, value_name = "DTYPE")]
     kv_dtype: Option<DType>,
     /// On a GPU, where an op has several kernels: auto, sm80, or hopper, attention by wgmma and TMA on compute capability 9.0.
     /// auto is hopper there and sm80 elsewhere.
-    #[arg(long, value_name = "WHICH", default_value = "auto", value_parser = kernels)]
+    #[arg(long, value_name = "WHICH", default_value = "auto")]
     kernels: Kernels,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
     /// On the CPU, what bf16 weights are multiplied with: f32 inputs, or inputs rounded to bf16 (twice as fast where the
     /// processor has AVX512-BF16).
-    #[arg(long, default_value = "f32", value_parser = precision)]
+    #[arg(long, default_value = "f32")]
     precision: Precision,
     /// What weights, activations and K/V may take together on the device, such as 8G or 90%; all that is free when nothing is
     /// given.

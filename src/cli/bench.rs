@@ -20,7 +20,6 @@ use mindskip::router::{Granularity, Keys, LayerSpec, Level, RouterSet, RouterSet
 use mindskip::tensor::DType;
 use mindskip::{Kind, Result, plot};
 
-use super::args::{device, dtype, granularity, kernels, keys, layers, precision};
 use super::progress::{catch_interrupts, interrupted};
 use super::{Failure, Outcome, Ran, bad};
 
@@ -59,10 +58,10 @@ struct Sweep {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = granularities, help_heading = "Routing")]
     granularity: Vec<Granularities>,
     /// Whose keys and values a routed layer holds: all, active. All, or as the routers say.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = keys, help_heading = "Routing")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Routing")]
     keys: Vec<Keys>,
     /// Routed layers: last:N (before the final one), all, 3-9, 1,2,5. The upper half, or those of the routers.
-    #[arg(long, value_parser = layers, help_heading = "Routing")]
+    #[arg(long, help_heading = "Routing")]
     layers: Option<LayerSpec>,
     /// Tokens that are read in one prefill; 0 for none.
     #[arg(long, value_name = "LIST", value_delimiter = ',', default_values_t = [256], help_heading = "Work")]
@@ -185,24 +184,22 @@ struct On {
 #[derive(Args)]
 struct Machine {
     /// Where to run: cpu, cuda, cuda:N, or auto, which is the first GPU if there is one.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", value_parser = device,
-        help_heading = "Machine")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", help_heading = "Machine")]
     device: Vec<Device>,
     /// f32, f16 or bf16 for weights, on a GPU also for activations; bf16, or as the model is stored.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = dtype, help_heading = "Machine")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Machine")]
     dtype: Vec<DType>,
     /// f32, f16 or bf16 for K/V; as the activations when nothing is given, which are f32 on the CPU.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = dtype, help_heading = "Machine")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Machine")]
     kv_dtype: Vec<DType>,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Machine")]
     threads: Vec<usize>,
     /// On the CPU, what bf16 weights are multiplied with: f32 inputs, or inputs rounded to bf16.
-    #[arg(long, default_value = "f32", value_parser = precision, help_heading = "Machine")]
+    #[arg(long, default_value = "f32", help_heading = "Machine")]
     precision: Precision,
     /// On a GPU, where an op has several kernels: auto, sm80 or hopper.
-    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", value_parser = kernels,
-        help_heading = "Machine")]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', default_value = "auto", help_heading = "Machine")]
     kernels: Vec<Kernels>,
     /// What weights, activations and K/V may take together on the device, such as 8G or 90%.
     #[arg(long, value_name = "SIZE", value_parser = parse_budget, help_heading = "Machine")]
@@ -235,7 +232,7 @@ struct Granularities(Vec<Granularity>);
 
 fn granularities(text: &str) -> Result<Granularities> {
     let names = if text == "all" { &Granularity::NAMES[..] } else { &[text] };
-    names.iter().map(|name| granularity(name)).collect::<Result<_>>().map(Granularities)
+    names.iter().map(|name| name.parse()).collect::<Result<_>>().map(Granularities)
 }
 
 fn format(text: &str) -> Result<Format> {

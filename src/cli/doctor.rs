@@ -29,7 +29,7 @@ pub struct Doctor {
     ops: Vec<String>,
     /// The GPU to verify: cuda or cuda:N.
     #[cfg(feature = "cuda")]
-    #[arg(long, default_value = "cuda", value_parser = super::args::device, requires = "verify")]
+    #[arg(long, default_value = "cuda", requires = "verify")]
     device: mindskip::engine::Device,
 }
 

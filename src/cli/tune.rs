@@ -23,7 +23,7 @@ use mindskip::tune::{Goal, Ste, Tuner};
 use serde_json::json;
 use sweep::Targets;
 
-use super::args::{self, ModelArgs};
+use super::args::ModelArgs;
 use super::progress::{Bar, catch_interrupts, interrupted};
 use super::{Outcome, Ran, bad, print_json};
 
@@ -61,7 +61,7 @@ pub struct Tune {
     #[arg(long)]
     json: bool,
     /// Where to run: cpu, cuda, cuda:N, auto.
-    #[arg(long, default_value = "cpu", value_parser = args::device)]
+    #[arg(long, default_value = "cpu")]
     device: Device,
     /// CPU threads; as many as there are cores when nothing is given.
     #[arg(long, value_name = "N")]
@@ -75,11 +75,11 @@ pub struct Tune {
 #[command(next_help_heading = "Routing")]
 struct What {
     /// What is skipped, and what decides: attn, mlp or block, by token or sequence (attn_token …).
-    #[arg(long, value_name = "NAME", default_value = "attn_token", value_parser = str::parse::<Granularity>)]
+    #[arg(long, value_name = "NAME", default_value = "attn_token")]
     granularity: Granularity,
     /// Routed layers: last:N (before the final one), auto:N (which are missed the least, as measured), all, 3-9, 1,2,5.
     /// As auto:N half of them when nothing is given.
-    #[arg(long, value_parser = str::parse::<LayerSpec>)]
+    #[arg(long)]
     layers: Option<LayerSpec>,
     /// Training samples that auto:N measures with.
     #[arg(long, value_name = "N", default_value_t = 64)]
@@ -89,13 +89,13 @@ struct What {
     target_capacity: Option<f32>,
     /// Several target capacities, such as 0.9,0.75,0.5: routers for each, and a table, FILE.json and FILE.svg of what they cost
     /// and buy.
-    #[arg(long, value_name = "LIST", conflicts_with = "target_capacity", value_parser = str::parse::<Targets>, allow_negative_numbers = true)]
+    #[arg(long, value_name = "LIST", conflicts_with = "target_capacity", allow_negative_numbers = true)]
     sweep: Option<Targets>,
     /// Whose keys and values a routed layer holds: all, active.
-    #[arg(long, value_name = "WHOSE", default_value = "all", value_parser = str::parse::<Keys>)]
+    #[arg(long, value_name = "WHOSE", default_value = "all")]
     keys: Keys,
     /// How scores decide: threshold, or topk: the target capacity of each sample.
-    #[arg(long, value_name = "HOW", default_value = "threshold", value_parser = str::parse::<Select>)]
+    #[arg(long, value_name = "HOW", default_value = "threshold")]
     select: Select,
     /// Active from this score on; when nothing is given 0.5 while it trains, and then what the target capacity asks
     /// for.
@@ -107,10 +107,10 @@ struct What {
 #[command(next_help_heading = "Training")]
 struct How {
     /// What answers are compared with: lm, the text; kl, the dense model's own distribution.
-    #[arg(long, default_value = "lm", value_parser = str::parse::<Goal>)]
+    #[arg(long, default_value = "lm")]
     loss: Goal,
     /// Whose masks have a gradient: full, everyone's; active, the active rows'.
-    #[arg(long, default_value = "full", value_parser = str::parse::<Ste>)]
+    #[arg(long, default_value = "full")]
     ste: Ste,
     /// Weight of the penalty on the capacity; found by a controller when nothing is given.
     #[arg(long, value_name = "WEIGHT", allow_negative_numbers = true)]

@@ -300,19 +300,9 @@ mod tests {
 
     use super::Bf16;
     use crate::backend::cpu::linear::{Halves, Linear, Put, Source, products};
+    use crate::backend::cpu::numbers;
     use crate::backend::cpu::threads::Threads;
     use crate::tensor::Data;
-
-    /// Numbers with a mean, a spread and no pattern.
-    fn numbers(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / (1 << 24) as f32 - 0.4
-            })
-            .collect()
-    }
 
     /// Products equal those in f64 of inputs rounded to bf16, and a row's do not depend on the rows beside it.
     #[test]

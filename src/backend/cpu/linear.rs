@@ -410,18 +410,7 @@ fn tiles<S: Simd, E: Element, const PARTS: usize, const M: usize, const FEW: usi
                     }
                     // At once, so that the tiles that follow hide the stores.
                     if part + 1 == PARTS && chunk.end == steps {
-                        let mut parts: [&[f32]; PARTS] = [&[]; PARTS];
-                        for p in 0..PARTS {
-                            parts[p] = &sums[(p * tiles + t) * tile..][..tile];
-                        }
-                        for m in 0..M {
-                            let row = t * M + m;
-                            if row < source.rows {
-                                let values = total::<S, PARTS, M, N>(simd, &parts, m);
-                                let values = out.finish::<S, LANES>(simd, values, first, 0);
-                                out.put::<LANES>(row, first, &values.to_array(), n);
-                            }
-                        }
+                        put_tile::<S, PARTS, M, N>(simd, sums, t, tiles, source.rows, first..first + n, out);
                     }
                 }
             }
@@ -519,41 +508,44 @@ fn tile<S: Simd, const R: usize, const M: usize, const N: usize>(
     }
 }
 
-/// The sums of a tile's row, of [`LANES`] columns.
+/// Puts the sums of tile `t` of `tiles`: at most [`LANES`] columns of the rows that there are.
 #[inline(always)]
-fn total<S: Simd, const PARTS: usize, const M: usize, const N: usize>(
+fn put_tile<S: Simd, const PARTS: usize, const M: usize, const N: usize>(
     simd: S,
-    parts: &[&[f32]; PARTS],
-    m: usize,
-) -> V<S> {
+    sums: &[f32],
+    t: usize,
+    tiles: usize,
+    rows: usize,
+    columns: Range<usize>,
+    out: &mut Out,
+) {
     let len = S::f32s::LEN;
-    let mut acc = [V::splat(simd, 0.0); LANES];
-    for g in 0..LANES / N {
-        for n in 0..N {
-            let mut values = [0.0; LANES];
-            for p in 0..PARTS {
-                values[p * len..][..len].copy_from_slice(&parts[p][((g * M + m) * N + n) * len..][..len]);
+    let mut parts: [&[f32]; PARTS] = [&[]; PARTS];
+    for p in 0..PARTS {
+        parts[p] = &sums[(p * tiles + t) * M * LANES * len..][..M * LANES * len];
+    }
+    for m in 0..M {
+        let row = t * M + m;
+        if row < rows {
+            let mut acc = [V::splat(simd, 0.0); LANES];
+            for column in 0..LANES {
+                let at = ((column / N * M + m) * N + column % N) * len;
+                let mut values = [0.0; LANES];
+                for p in 0..PARTS {
+                    values[p * len..][..len].copy_from_slice(&parts[p][at..][..len]);
+                }
+                acc[column] = V::from_slice(simd, &values);
             }
-            acc[g * N + n] = V::from_slice(simd, &values);
+            let values = out.finish::<S, LANES>(simd, super::simd::sums(simd, acc), columns.start, 0);
+            out.put::<LANES>(row, columns.start, &values.to_array(), columns.len());
         }
     }
-    sums(simd, acc)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// Numbers with a spread and no pattern.
-    fn numbers(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed;
-        (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / (1 << 24) as f32 - 0.4
-            })
-            .collect()
-    }
+    use crate::backend::cpu::{levels, numbers};
 
     /// Rows that are cut into several tasks, widths of several chunks and with a rest: as in f64, and the same bits for a row
     /// among others, gathered, as alone.
@@ -569,7 +561,7 @@ mod tests {
             (250, 577, 5),
             (33, 2500, 3),
         ];
-        for level in super::super::levels() {
+        for level in levels() {
             let threads = Threads::new(Some(2), level, None).unwrap();
             for (rows, width, outputs) in SHAPES {
                 let x = numbers(rows * width, 1);

@@ -77,6 +77,18 @@ pub(crate) fn levels() -> Vec<Level> {
     levels
 }
 
+/// Numbers with a mean, a spread and no pattern.
+#[cfg(test)]
+fn numbers(n: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.4
+        })
+        .collect()
+}
+
 impl CpuBackend {
     /// With so many threads, or one for every core, and the best instructions there are. K/V are stored in `kv`.
     ///
