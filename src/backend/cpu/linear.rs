@@ -30,7 +30,7 @@ const STREAMED: usize = 4;
 const PACKED: usize = 1 << 16;
 
 /// At most so many rows, however narrow: each has 1 KiB of sums besides, which is memory that no plan states.
-const MOST: usize = 96;
+const MOST: usize = 90;
 
 /// At least so many rows, however wide: 128 rows of 8192 values 33 to 40 GFLOP/s, 15 to 19 with the eight that [`PACKED`]
 /// leaves of them.

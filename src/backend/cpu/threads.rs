@@ -32,7 +32,9 @@ impl Scratch {
     /// Some memory, holding anything.
     pub fn lines(&mut self, n: usize) -> &mut [Line] {
         if self.0.len() < n {
-            self.0.resize(n, bytemuck::Zeroable::zeroed());
+            // What was there is given back first, and no more is taken than asked for.
+            self.0 = Vec::new();
+            self.0 = vec![bytemuck::Zeroable::zeroed(); n];
         }
         &mut self.0[..n]
     }
