@@ -1,7 +1,7 @@
 //! Products with weight matrices: rows of f32 times the rows of a weight that is read where it is stored.
 //!
 //! Both operands have their inner dimension contiguous, so an output is a dot product of two rows as they stand, and
-//! gathering source rows through an index is free. Few rows (decode) stream the weight once, row by row, and nothing is
+//! gathering source rows through an index is free. Few rows (decode) stream the weight once, and nothing is
 //! packed. Many rows (prefill) are packed once for each task, sixteen weight rows at a time are widened into the first-level
 //! cache, and tiles of both add up in registers. Either way adds up in the same order, so that prefill and decode agree to
 //! the last bit.
@@ -21,8 +21,9 @@ use super::simd::{Element, LANES, Line, V, silu, sums, tail};
 use super::threads::{Scratch, Threads};
 use crate::tensor::Data;
 
-/// Up to so many rows the weight is streamed, one of its rows after the other: 24 to 29 GB/s on one core of an EPYC 9004.
-/// Interleaving 4 weight rows reached 14 GB/s, because the prefetcher loses the streams.
+/// Up to so many rows the weight is streamed, in two or three places at a time: the prefetcher begins anew with every page of
+/// 4 KiB and waits for it, unless there are other streams to go on with. A row times 8192 rows of 2048 bf16 on one core of an
+/// EPYC 7003: 8 GB/s with one stream, 10 with two, 12 with three or four; on two cores 14, 17, 19, 18.
 const STREAMED: usize = 4;
 
 /// Floats of source rows that a task packs: with their sums they stay in the second-level cache, and widening weights for them
@@ -32,9 +33,12 @@ const PACKED: usize = 1 << 16;
 /// At most so many rows, however narrow: each has 1 KiB of sums besides, which is memory that no plan states.
 const MOST: usize = 90;
 
-/// At least so many rows, however wide: 128 rows of 8192 values 33 to 40 GFLOP/s, 15 to 19 with the eight that [`PACKED`]
-/// leaves of them.
-const LEAST: usize = 32;
+/// At least so many rows, however wide: with half as many, widening weights counts and they are read twice as often. Two cores
+/// of an EPYC 7003, 512 rows of 2048 values: 48 to 55 GFLOP/s a core, 43 to 47 with 32 rows and all weights (see [`LARGEST`]).
+const LEAST: usize = 64;
+
+/// Weights of a task, at most: 2 MiB in bf16, so that they are still in the last-level cache for the rows that follow.
+const LARGEST: usize = 1 << 20;
 
 /// Lines of a tile, at most: those of sixteen widened weight rows take 18 KiB of the first-level cache. Half as many made 46
 /// instead of 56 GFLOP/s, because tiles begin and end more often; twice as many were no faster.
@@ -199,7 +203,8 @@ impl<'o> Blocks<'o> {
         let passes = rows.div_ceil(most).max(1);
         // Four tasks for each thread even out their speeds.
         let blocks = (4 * threads.count()).div_ceil(passes);
-        let columns = width.div_ceil(blocks).next_multiple_of(BLOCK).clamp(BLOCK, LONGEST * passes);
+        let longest = (LONGEST * passes).min(LARGEST / source.width / BLOCK * BLOCK).max(BLOCK);
+        let columns = width.div_ceil(blocks).next_multiple_of(BLOCK).clamp(BLOCK, longest);
         let mut pieces = Vec::new();
         pieces.resize_with(rows * width.div_ceil(columns), Default::default);
         for (i, row) in out.take(rows).enumerate() {
@@ -257,11 +262,12 @@ fn block<S: Simd, E: Element>(
 ) {
     match source.rows {
         0 => {}
-        1 => stream::<S, E, 1>(simd, source, weight, columns, out),
-        2 => stream::<S, E, 2>(simd, source, weight, columns, out),
-        3 => stream::<S, E, 3>(simd, source, weight, columns, out),
-        STREAMED => stream::<S, E, STREAMED>(simd, source, weight, columns, out),
-        // The most accumulators that the registers hold.
+        // As many streams as the registers have room for.
+        1 => stream::<S, E, 1, 3>(simd, source, weight, columns, out),
+        2 => stream::<S, E, 2, 3>(simd, source, weight, columns, out),
+        3 => stream::<S, E, 3, 2>(simd, source, weight, columns, out),
+        STREAMED => stream::<S, E, STREAMED, 2>(simd, source, weight, columns, out),
+        // The most accumulators that they hold.
         _ => match S::f32s::LEN {
             LANES => tiles::<S, E, 1, 6, 3, 4>(simd, scratch, source, weight, columns, out),
             8 => tiles::<S, E, 2, 3, 2, 4>(simd, scratch, source, weight, columns, out),
@@ -313,9 +319,10 @@ impl Out<'_, '_, '_> {
     }
 }
 
-/// Few rows: every weight row is read once, in order, and multiplied with all of them.
+/// Few rows: every weight row is read once and multiplied with all of them. The columns are cut into `N` parts that are read side
+/// by side, each in order.
 #[inline(always)]
-fn stream<S: Simd, E: Element, const M: usize>(
+fn stream<S: Simd, E: Element, const M: usize, const N: usize>(
     simd: S,
     source: &Source,
     weight: &[E],
@@ -330,31 +337,50 @@ fn stream<S: Simd, E: Element, const M: usize>(
         rows[m] = &source.row(m).as_chunks().0[..whole];
         tails[m] = tail(&source.row(m)[whole * LANES..]);
     }
-    for first in columns.clone().step_by(LANES) {
-        let n = LANES.min(columns.end - first);
-        let mut acc = [[V::splat(simd, 0.0); LANES]; M];
-        for j in 0..n {
-            let (w, w_tail) = weight[(first + j) * width..][..width].as_chunks();
-            let mut sums = [V::splat(simd, 0.0); M];
-            for (i, w) in w[..whole].iter().enumerate() {
-                let w = E::widen(simd, w);
-                for m in 0..M {
-                    sums[m] = V::from_slice(simd, &rows[m][i]).mul_add(w, sums[m]);
+    let part = columns.len().div_ceil(N * LANES) * LANES;
+    for first in (columns.start..columns.start + part).step_by(LANES) {
+        let mut acc = [[[V::splat(simd, 0.0); LANES]; M]; N];
+        for j in 0..LANES {
+            let mut w: [&[[E; LANES]]; N] = [&[]; N];
+            let mut w_tails: [&[E]; N] = [&[]; N];
+            for n in 0..N {
+                // Beyond the last column there is nothing to put.
+                let column = (first + n * part + j).min(columns.end - 1);
+                let (blocks, rest) = weight[column * width..][..width].as_chunks();
+                (w[n], w_tails[n]) = (&blocks[..whole], rest);
+            }
+            let mut sums = [[V::splat(simd, 0.0); M]; N];
+            for i in 0..whole {
+                for n in 0..N {
+                    let w = E::widen(simd, &w[n][i]);
+                    for m in 0..M {
+                        sums[n][m] = V::from_slice(simd, &rows[m][i]).mul_add(w, sums[n][m]);
+                    }
                 }
             }
-            if !w_tail.is_empty() {
-                let w = E::widen(simd, &tail(w_tail));
-                for m in 0..M {
-                    sums[m] = V::from_slice(simd, &tails[m]).mul_add(w, sums[m]);
+            if whole * LANES < width {
+                for n in 0..N {
+                    let w = E::widen(simd, &tail(w_tails[n]));
+                    for m in 0..M {
+                        sums[n][m] = V::from_slice(simd, &tails[m]).mul_add(w, sums[n][m]);
+                    }
                 }
             }
-            for m in 0..M {
-                acc[m][j] = sums[m];
+            for n in 0..N {
+                for m in 0..M {
+                    acc[n][m][j] = sums[n][m];
+                }
             }
         }
-        for (m, acc) in acc.into_iter().enumerate() {
-            let values = out.finish::<S, LANES>(simd, sums(simd, acc), first, 0);
-            out.put::<LANES>(m, first, &values.to_array(), n);
+        for (n, acc) in acc.into_iter().enumerate() {
+            let first = first + n * part;
+            let count = LANES.min(columns.end.saturating_sub(first));
+            if count > 0 {
+                for (m, acc) in acc.into_iter().enumerate() {
+                    let values = out.finish::<S, LANES>(simd, sums(simd, acc), first, 0);
+                    out.put::<LANES>(m, first, &values.to_array(), count);
+                }
+            }
         }
     }
 }
