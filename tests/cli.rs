@@ -146,7 +146,7 @@ fn a_batch_says_what_its_members_say_alone() {
         assert_eq!(json(&[&few, extra, &prompts].concat())["answers"], batch["answers"], "{extra:?}");
         let lines = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(lines.path(), prompts.join("\n\n") + "\n").unwrap();
-        let by_lines = json(&[&few, extra, &["--lines", path(lines.path())]].concat());
+        let by_lines = json(&[&few, extra, &["--lines", lines.path().to_str().unwrap()]].concat());
         assert_eq!(by_lines["answers"], batch["answers"], "{extra:?}");
     }
     let text = ok(&["generate", "-n", "5", prompts[0], prompts[1]]);

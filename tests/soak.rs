@@ -117,8 +117,8 @@ fn many_generations_take_no_more_memory_than_a_few() {
 /// A request with a prompt, a length and a way to sample that follow from its number.
 fn request(number: u64) -> Request {
     let drawn = ids(3, 1 << 20, number);
-    let temperature = if drawn[2] % 3 == 0 { 0.0 } else { 1.1 };
-    let repetition_penalty = if drawn[2] % 5 == 0 { 1.1 } else { 1.0 };
+    let temperature = if drawn[2].is_multiple_of(3) { 0.0 } else { 1.1 };
+    let repetition_penalty = if drawn[2].is_multiple_of(5) { 1.1 } else { 1.0 };
     let settings = SamplerSettings { temperature, repetition_penalty, seed: number, ..SamplerSettings::default() };
     Request {
         sampler: Sampler::new(settings).unwrap(),
