@@ -203,6 +203,8 @@ typedef struct mindskip_options {
     size_t rows;
     /* Rows that go through a layer at a time in prefill; default: as many as suit the device. */
     size_t chunk;
+    /* Tokens whose K/V are held at a time, of all sequences together, when none is skipped; default: `batch` whole contexts. */
+    size_t kv_tokens;
 } mindskip_options;
 
 /* `routers` may be NULL: the dense model. `options` may be NULL. MEMORY, with the sizes, when it does not fit; nothing is

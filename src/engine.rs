@@ -1,6 +1,6 @@
 //! Sequences of tokens in, logits out: the model, its state and a backend behind one handle.
 
-use std::ops::ControlFlow;
+use std::ops::{AddAssign, ControlFlow};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,7 +9,7 @@ use crate::backend::cpu::CpuBackend;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{self, CudaBackend};
 use crate::backend::{
-    Backend, Counters, DeviceInfo, KvLayout, Meter, Rates, SAMPLE_NONE, Take, TrainingBackend, mean, sigmoid,
+    Backend, Counters, DeviceInfo, KvLayout, Meter, PAGE, Rates, SAMPLE_NONE, Take, TrainingBackend, mean, sigmoid,
 };
 pub use crate::backend::{Kernels, Precision};
 use crate::config::Config;
@@ -94,6 +94,9 @@ pub struct Options {
     pub rows: Option<usize>,
     /// Rows that go through a layer at a time in prefill; None: as many as suit the device.
     pub chunk: Option<usize>,
+    /// Tokens whose K/V are held at a time, of all sequences together, when none is skipped; None: `batch` whole contexts.
+    /// What [`Batch`](crate::batch::Batch) serves seldom needs as many.
+    pub kv_tokens: Option<usize>,
     /// For everything together; None: what the device has free.
     pub memory: Option<Budget>,
 }
@@ -111,6 +114,7 @@ impl Default for Options {
             batch: 1,
             rows: None,
             chunk: None,
+            kv_tokens: None,
             memory: None,
         }
     }
@@ -124,6 +128,7 @@ impl Options {
             batch: self.batch,
             rows: self.rows.unwrap_or(context).max(self.batch),
             chunk: self.chunk.unwrap_or(device.chunk),
+            kv_tokens: self.kv_tokens,
             memory: self.memory,
         }
     }
@@ -256,6 +261,16 @@ pub struct KvUsage {
     pub dense_bytes: u64,
 }
 
+impl AddAssign for KvUsage {
+    fn add_assign(&mut self, other: KvUsage) {
+        self.rows += other.rows;
+        self.dense_rows += other.dense_rows;
+        self.pages += other.pages;
+        self.bytes += other.bytes;
+        self.dense_bytes += other.dense_bytes;
+    }
+}
+
 /// A model ready to run.
 ///
 /// ```
@@ -288,10 +303,10 @@ pub struct Engine {
     open: Vec<Option<Seq>>,
     /// `[slots]`: marks in order.
     marks: Vec<Vec<Held>>,
-    /// `[sequences, vocab]` of the last step.
-    logits: Vec<f32>,
+    /// `[sequences, vocab]` of the last step, unless it has chosen tokens.
+    pub(crate) logits: Vec<f32>,
     /// `[sequences]`, when the last step has chosen them.
-    tokens: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
 }
 
 impl Engine {
@@ -448,7 +463,8 @@ impl Engine {
         Ok(&self.tokens)
     }
 
-    fn step(&mut self, phase: Phase, seqs: &[(Seq, &[u32])], draws: Option<&[Draw]>) -> Result<()> {
+    /// Any of the four above: what it gives stands in `tokens` with draws, in `logits` without.
+    pub(crate) fn step(&mut self, phase: Phase, seqs: &[(Seq, &[u32])], draws: Option<&[Draw]>) -> Result<()> {
         self.check(seqs)?;
         let fits = draws.is_none_or(|draws| draws.len() == seqs.len());
         ensure!(fits, Argument, "{} draws for {} sequences", draws.map_or(0, <[_]>::len), seqs.len());
@@ -485,32 +501,40 @@ impl Engine {
     }
 
     fn check(&self, seqs: &[(Seq, &[u32])]) -> Result<()> {
-        let limits = &self.state.plan.limits;
-        let rows: usize = seqs.iter().map(|(_, ids)| ids.len()).sum();
         ensure!(!seqs.is_empty(), Argument, "a step without sequences");
-        if rows > limits.rows {
-            return Err(Error::new(Kind::Argument, format!("{rows} tokens at once, {} were planned for", limits.rows))
-                .action("raise --context, or give fewer or shorter prompts"));
-        }
+        self.check_rows(seqs.iter().map(|(_, ids)| ids.len()).sum())?;
         for (i, &(seq, ids)) in seqs.iter().enumerate() {
             ensure!(self.is_open(seq), Argument, "a sequence that was closed, or is another engine's");
             ensure!(seqs[..i].iter().all(|(other, _)| *other != seq), Argument, "a sequence stands twice in a step");
-            if ids.is_empty() {
-                return Err(Error::new(Kind::Argument, "the prompt is empty").action("give at least one token of text"));
-            }
-            let end = self.positions[seq.slot.index()] + ids.len();
-            if end > limits.context {
-                return Err(Error::new(
-                    Kind::Argument,
-                    format!("{end} tokens are longer than the context of {}", limits.context),
-                )
+            self.check_tokens(self.positions[seq.slot.index()], ids)?;
+        }
+        Ok(())
+    }
+
+    /// Whether one prefill takes so many tokens.
+    pub(crate) fn check_rows(&self, rows: usize) -> Result<()> {
+        let most = self.state.plan.limits.rows;
+        if rows > most {
+            return Err(Error::new(Kind::Argument, format!("{rows} tokens at once, {most} were planned for"))
+                .action("raise --context, or give fewer or shorter prompts"));
+        }
+        Ok(())
+    }
+
+    /// Whether a sequence of `before` tokens can read these.
+    pub(crate) fn check_tokens(&self, before: usize, ids: &[u32]) -> Result<()> {
+        if ids.is_empty() {
+            return Err(Error::new(Kind::Argument, "the prompt is empty").action("give at least one token of text"));
+        }
+        let (end, context) = (before + ids.len(), self.state.plan.limits.context);
+        if end > context {
+            return Err(Error::new(Kind::Argument, format!("{end} tokens are longer than the context of {context}"))
                 .action("shorten the prompt, or raise --context where the model allows it"));
-            }
-            let vocab = self.model.config.vocab;
-            if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-                return Err(Error::new(Kind::Argument, format!("token id {id} is beyond the vocabulary of {vocab}"))
-                    .action(format!("use ids from 0 to {}", vocab - 1)));
-            }
+        }
+        let vocab = self.model.config.vocab;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::new(Kind::Argument, format!("token id {id} is beyond the vocabulary of {vocab}"))
+                .action(format!("use ids from 0 to {}", vocab - 1)));
         }
         Ok(())
     }
@@ -606,19 +630,42 @@ impl Engine {
 
     /// K/V held by the open sequences, and what the dense model would hold.
     pub fn kv_usage(&mut self) -> Result<KvUsage> {
-        self.state.settle(self.backend.as_mut(), &self.model)?;
-        let layout = self.kv_layout();
-        let mut usage = KvUsage { pages: self.state.kv.pages_in_use(), ..KvUsage::default() };
-        let mut dense_pages = 0;
-        for slot in (0..layout.slots).filter(|&s| self.open[s].is_some()) {
-            let tokens = self.positions[slot];
-            usage.dense_rows += layout.layers * tokens;
-            dense_pages += layout.layers * tokens.div_ceil(crate::backend::PAGE);
-            usage.rows += (0..layout.layers).map(|l| self.state.kv.len(l, Slot(slot as u32))).sum::<usize>();
+        let mut usage = KvUsage::default();
+        for seq in self.open.clone().into_iter().flatten() {
+            usage += self.kv_usage_of(seq)?;
         }
-        usage.bytes = usage.pages as u64 * layout.page_bytes() as u64;
-        usage.dense_bytes = dense_pages as u64 * layout.page_bytes() as u64;
+        // By the books of the pool, whoever holds them.
+        usage.pages = self.state.kv.pages_in_use();
+        usage.bytes = usage.pages as u64 * self.kv_layout().page_bytes() as u64;
         Ok(usage)
+    }
+
+    /// K/V held by one sequence; nothing by one that is not open here.
+    pub(crate) fn kv_usage_of(&mut self, seq: Seq) -> Result<KvUsage> {
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        let (KvLayout { layers, .. }, tokens) = (self.kv_layout(), self.position(seq));
+        if tokens == 0 {
+            return Ok(KvUsage::default());
+        }
+        let rows = || (0..layers).map(|l| self.state.kv.len(l, seq.slot));
+        let (pages, page) = (rows().map(|n| n.div_ceil(PAGE)).sum(), self.kv_layout().page_bytes() as u64);
+        Ok(KvUsage {
+            rows: rows().sum(),
+            dense_rows: layers * tokens,
+            pages,
+            bytes: pages as u64 * page,
+            dense_bytes: (layers * tokens.div_ceil(PAGE)) as u64 * page,
+        })
+    }
+
+    /// By layer: the share of tokens whose K/V were held so far; 1 where all are, or none was processed.
+    pub(crate) fn kv_shares(&mut self) -> Result<Vec<f64>> {
+        self.state.settle(self.backend.as_mut(), &self.model)?;
+        let share = |layer| match self.model.keys_of(layer) {
+            Take::All => 1.0,
+            Take::Active => self.state.activity.capacity(layer),
+        };
+        Ok((0..self.kv_layout().layers).map(share).collect())
     }
 
     /// FLOPs, bytes and calls by op since the engine was built or [`clear_counts`](Self::clear_counts).

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Seq};
+use crate::engine::{Draw, Engine, Seq};
 use crate::error::Result;
 use crate::sample::{Sampler, SamplerSettings};
+use crate::step::Phase;
 use crate::tokenizer::{TextStream, Tokenizer};
 
 /// What one sequence is asked for. The sequence stays open afterwards: a further turn with the same [`Seq`] goes on from
@@ -101,18 +102,6 @@ fn rate(tokens: usize, time: Duration) -> f64 {
     if tokens == 0 { 0.0 } else { tokens as f64 / time.as_secs_f64() }
 }
 
-/// A turn at work.
-struct Running {
-    /// Tokens of the sequence when the prompt is read.
-    before: usize,
-    tokens: Vec<u32>,
-    stream: TextStream,
-    /// Text that is out, and text that may turn out to begin a stop text.
-    text: String,
-    held: String,
-    finish: Option<Finish>,
-}
-
 /// Reads all prompts in one prefill, then decodes all sequences together until each has come to its end.
 ///
 /// `on_text` gets the text of a turn as it becomes certain, with every token, so it may be empty: no broken characters,
@@ -180,19 +169,9 @@ pub fn generate(
 /// # Ok::<(), mindskip::Error>(())
 /// ```
 pub fn stream<'a>(engine: &'a mut Engine, tokenizer: &Tokenizer, turns: &'a mut [Turn]) -> Stream<'a> {
-    let running = turns
-        .iter()
-        .map(|turn| Running {
-            before: engine.position(turn.seq) + turn.prompt.len(),
-            tokens: Vec::new(),
-            stream: tokenizer.stream(true),
-            text: String::new(),
-            held: String::new(),
-            finish: (turn.max_tokens == 0).then_some(Finish::Length),
-        })
-        .collect();
-    let (active, next) = ((0..turns.len()).collect(), None);
-    Stream { engine, turns, running, active, next, ready: VecDeque::new(), timing: Timing::default() }
+    let running = turns.iter().map(|turn| Running::new(tokenizer, turn.max_tokens)).collect();
+    let (phase, ready, timing) = (Phase::Prefill, VecDeque::new(), Timing::default());
+    Stream { engine, turns, running, active: true, phase, ready, timing }
 }
 
 /// Answers at work, from [`stream`].
@@ -200,10 +179,9 @@ pub struct Stream<'a> {
     engine: &'a mut Engine,
     turns: &'a mut [Turn],
     running: Vec<Running>,
-    /// The turns that go on.
-    active: Vec<usize>,
-    /// The token that each of them reads next; None before the prompts are read.
-    next: Option<Vec<(Seq, u32)>>,
+    /// Whether a turn goes on.
+    active: bool,
+    phase: Phase,
     ready: VecDeque<(usize, String)>,
     timing: Timing,
 }
@@ -217,7 +195,7 @@ impl Iterator for Stream<'_> {
                 Ok(true) => {}
                 Ok(false) => return None,
                 Err(e) => {
-                    self.active.clear();
+                    self.active = false;
                     self.ready.clear();
                     return Some(Err(e));
                 }
@@ -236,56 +214,31 @@ impl Stream<'_> {
 
     /// Reads what is to be read and takes a token for each turn that goes on; false when none does.
     fn step(&mut self) -> Result<bool> {
-        if self.active.is_empty() {
+        if !std::mem::take(&mut self.active) || self.turns.is_empty() {
             return Ok(false);
         }
-        let (start, read) = (Instant::now(), self.next.take());
-        if read.is_none() {
-            self.timing.prompt_tokens = self.turns.iter().map(|t| t.prompt.len()).sum();
-            self.turns.iter_mut().for_each(|turn| turn.history.extend(&turn.prompt));
-        }
-        let tokens = advance(self.engine, self.turns, &self.active, read.as_deref())?;
-        match read {
-            None => self.timing.prefill = start.elapsed(),
-            Some(read) => {
-                self.timing.decode += start.elapsed();
-                self.timing.decoded_tokens += read.len();
+        let phase = std::mem::replace(&mut self.phase, Phase::Decode);
+        let (mut numbers, mut works) = (Vec::new(), Vec::new());
+        for (i, (turn, run)) in self.turns.iter_mut().zip(&mut self.running).enumerate() {
+            if phase == Phase::Prefill || run.finish.is_none() {
+                let count = run.unread(turn).len();
+                numbers.push(i);
+                works.push(Work { turn, run, count });
             }
         }
-        let mut next = Vec::with_capacity(tokens.len());
-        for (i, token) in std::mem::take(&mut self.active).into_iter().zip(tokens) {
-            let (turn, run) = (&mut self.turns[i], &mut self.running[i]);
-            if run.finish.is_none() {
-                let mut text = run.take(turn, token)?;
-                if run.finish.is_none() && self.engine.position(turn.seq) + 1 > self.engine.plan().limits.context {
-                    run.finish = Some(Finish::Context);
-                }
-                if run.finish.is_some() {
-                    text += &run.rest()?;
-                }
-                run.text.push_str(&text);
-                self.ready.push_back((i, text));
-            }
-            if run.finish.is_none() {
-                self.active.push(i);
-                next.push((turn.seq, token));
-            }
+        for (i, text) in numbers.into_iter().zip(advance(self.engine, &mut self.timing, phase, &mut works)?) {
+            self.ready.push_back((i, text?));
         }
-        if self.timing.first_token.is_zero() {
-            self.timing.first_token = start.elapsed();
-        }
-        self.next = Some(next);
+        self.active = self.running.iter().any(|run| run.finish.is_none());
         Ok(true)
     }
 
     /// Ends the turns that go on, with the text that was held back.
     fn interrupt(&mut self) -> Result<()> {
-        self.active.clear();
+        self.active = false;
         for (i, run) in self.running.iter_mut().enumerate().filter(|(_, run)| run.finish.is_none()) {
-            run.finish = Some(Finish::Interrupted);
-            let rest = run.rest()?;
+            let rest = run.interrupt()?;
             if !rest.is_empty() {
-                run.text.push_str(&rest);
                 self.ready.push_back((i, rest));
             }
         }
@@ -293,48 +246,125 @@ impl Stream<'_> {
     }
 
     fn answers(self) -> (Vec<Answer>, Timing) {
-        let answer = |(turn, run): (&Turn, Running)| Answer {
-            text: run.text,
-            tokens: run.tokens,
-            read: self.engine.position(turn.seq).saturating_sub(run.before),
-            finish: run.finish.unwrap_or(Finish::Interrupted),
-        };
-        (self.turns.iter().zip(self.running).map(answer).collect(), self.timing)
+        let answers = self.turns.iter().zip(self.running).map(|(turn, run)| run.answer(turn.prompt.len()));
+        (answers.collect(), self.timing)
     }
 }
 
-/// Reads the prompts, or a token each, and chooses the token behind each of the turns `active`: on the device, unless a
-/// penalty needs the logits here.
-fn advance(engine: &mut Engine, turns: &mut [Turn], active: &[usize], read: Option<&[(Seq, u32)]>) -> Result<Vec<u32>> {
-    let vocab = engine.config().vocab;
-    if active.iter().any(|&i| turns[i].sampler.needs_logits()) {
-        let logits = match read {
-            None => engine.prefill(&prompts(turns))?,
-            Some(tokens) => engine.decode(tokens)?,
-        };
-        let rows = active.iter().zip(logits.chunks_exact(vocab));
-        return rows
-            .map(|(&i, logits)| {
-                let Turn { sampler, history, .. } = &mut turns[i];
-                sampler.sample(logits, history)
-            })
-            .collect();
+/// What a turn has come to.
+pub(crate) struct Running {
+    /// Tokens that the sequence has read: of the prompt, then of those that were made.
+    pub read: usize,
+    pub tokens: Vec<u32>,
+    pub finish: Option<Finish>,
+    stream: TextStream,
+    /// Text that is out, and text that may turn out to begin a stop text.
+    text: String,
+    held: String,
+}
+
+/// A turn's part of a step.
+pub(crate) struct Work<'a> {
+    pub turn: &'a mut Turn,
+    pub run: &'a mut Running,
+    /// How many tokens it reads, of those that are unread.
+    pub count: usize,
+}
+
+impl Work<'_> {
+    /// Whether a token is chosen behind what it reads.
+    fn chooses(&self) -> bool {
+        let Running { read, tokens, finish, .. } = &*self.run;
+        finish.is_none() && read + self.count == self.turn.prompt.len() + tokens.len()
     }
-    let draws: Vec<_> = active.iter().map(|&i| turns[i].sampler.draw()).collect();
-    let tokens = match read {
-        None => engine.prefill_and_sample(&prompts(turns), &draws)?,
-        Some(tokens) => engine.decode_and_sample(tokens, &draws)?,
+}
+
+/// Reads, and chooses the token behind each turn that has then read all: on the device, unless a penalty needs the logits
+/// here. Returns the text that is certain now.
+///
+/// Errors: those of [`Engine::prefill`] and [`Engine::decode`], with everything as before; within, those of a single turn.
+pub(crate) fn advance(
+    engine: &mut Engine,
+    timing: &mut Timing,
+    phase: Phase,
+    works: &mut [Work],
+) -> Result<Vec<Result<String>>> {
+    let start = Instant::now();
+    let here = works.iter().any(|work| work.chooses() && work.turn.sampler.needs_logits());
+    let draw = |work: &mut Work| if work.chooses() { work.turn.sampler.draw() } else { Draw::GREEDY };
+    let draws: Option<Vec<_>> = (!here).then(|| works.iter_mut().map(draw).collect());
+    let reads: Vec<_> = works.iter().map(|work| (work.turn.seq, &work.run.unread(work.turn)[..work.count])).collect();
+    if let Err(e) = engine.step(phase, &reads, draws.as_deref()) {
+        if !here {
+            works.iter_mut().filter(|work| work.chooses()).for_each(|work| work.turn.sampler.undraw());
+        }
+        return Err(e);
+    }
+    let (context, vocab) = (engine.plan().limits.context, engine.config().vocab);
+    let take = |(i, work): (usize, &mut Work)| {
+        let chooses = work.chooses();
+        let Work { turn, run, count } = work;
+        if run.read == 0 {
+            turn.history.extend(turn.prompt.iter().chain(&run.tokens));
+        }
+        run.read += *count;
+        if !chooses {
+            return Ok(String::new());
+        }
+        let token = match here {
+            true => turn.sampler.sample(&engine.logits[i * vocab..][..vocab], &turn.history)?,
+            false => engine.tokens[i],
+        };
+        run.take(turn, token, engine.position(turn.seq) == context)
     };
-    Ok(tokens.to_vec())
-}
-
-fn prompts(turns: &[Turn]) -> Vec<(Seq, &[u32])> {
-    turns.iter().map(|turn| (turn.seq, &turn.prompt[..])).collect()
+    let texts = works.iter_mut().enumerate().map(take).collect();
+    let (taken, rows) = (start.elapsed(), works.iter().map(|work| work.count).sum::<usize>());
+    match phase {
+        Phase::Prefill => {
+            (timing.prefill, timing.prompt_tokens) = (timing.prefill + taken, timing.prompt_tokens + rows)
+        }
+        Phase::Decode => (timing.decode, timing.decoded_tokens) = (timing.decode + taken, timing.decoded_tokens + rows),
+    }
+    if timing.first_token.is_zero() {
+        timing.first_token = taken;
+    }
+    Ok(texts)
 }
 
 impl Running {
-    /// Takes a new token; returns the text that is certain now.
-    fn take(&mut self, turn: &mut Turn, token: u32) -> Result<String> {
+    pub fn new(tokenizer: &Tokenizer, max_tokens: usize) -> Running {
+        Running {
+            read: 0,
+            tokens: Vec::new(),
+            finish: (max_tokens == 0).then_some(Finish::Length),
+            stream: tokenizer.stream(true),
+            text: String::new(),
+            held: String::new(),
+        }
+    }
+
+    /// What is to be read next: the prompt; when that is read, what was made.
+    pub fn unread<'a>(&'a self, turn: &'a Turn) -> &'a [u32] {
+        match self.read.checked_sub(turn.prompt.len()) {
+            None => &turn.prompt[self.read..],
+            Some(made) => &self.tokens[made..],
+        }
+    }
+
+    /// Takes a new token, for which there is no room where the context is `full`; returns the text that is certain now.
+    fn take(&mut self, turn: &mut Turn, token: u32, full: bool) -> Result<String> {
+        let mut text = self.push(turn, token)?;
+        if self.finish.is_none() && full {
+            self.finish = Some(Finish::Context);
+        }
+        if self.finish.is_some() {
+            text += &self.rest()?;
+        }
+        self.text.push_str(&text);
+        Ok(text)
+    }
+
+    fn push(&mut self, turn: &mut Turn, token: u32) -> Result<String> {
         if turn.eos.contains(&token) {
             self.finish = Some(Finish::Eos);
             return Ok(String::new());
@@ -361,6 +391,24 @@ impl Running {
             return Ok(String::new());
         }
         Ok(std::mem::take(&mut self.held) + &self.stream.finish()?)
+    }
+
+    /// Ends it here; returns the text that was held back.
+    pub fn interrupt(&mut self) -> Result<String> {
+        self.finish = Some(Finish::Interrupted);
+        let rest = self.rest()?;
+        self.text.push_str(&rest);
+        Ok(rest)
+    }
+
+    /// After a prompt of so many tokens.
+    pub fn answer(self, prompt: usize) -> Answer {
+        Answer {
+            text: self.text,
+            tokens: self.tokens,
+            read: self.read.saturating_sub(prompt),
+            finish: self.finish.unwrap_or(Finish::Interrupted),
+        }
     }
 }
 

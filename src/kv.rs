@@ -90,7 +90,7 @@ impl KvCache {
                     self.layout.pages
                 ),
             )
-            .action("raise --memory, or use fewer or shorter sequences"));
+            .action("raise --kv-tokens or --memory, or use fewer or shorter sequences"));
         }
         table.extend(self.free.drain(self.free.len() - new..).rev());
         Ok((held, &table[held..]))

@@ -9,7 +9,7 @@
 //! | the machine | [`backend`]: a dozen fused ops as one trait, and the CPU's implementation |
 //! | bytes in, checked tables out | [`config`], [`weights`], [`tokenizer`], [`chat`], [`generation`], [`memory`], [`hub`], [`bundle`] |
 //! | the method | [`router`], [`model`], [`sample`] |
-//! | sequences and batches | [`engine`], [`generate`](mod@generate) |
+//! | sequences and batches | [`engine`], [`generate`](mod@generate), [`batch`] |
 //! | Router-Tuning | [`tune`] |
 //! | measuring | [`bench`](mod@bench), [`eval`], [`plot`] |
 //!
@@ -17,6 +17,7 @@
 #![deny(unsafe_code)]
 
 pub mod backend;
+pub mod batch;
 pub mod bench;
 pub mod bundle;
 pub mod chat;
@@ -50,6 +51,7 @@ const _: () = {
     const fn sync<T: Send + Sync>() {}
     send::<engine::Engine>();
     send::<generate::Turn>();
+    send::<batch::Batch>();
     send::<tune::Tuner>();
     sync::<bundle::Bundle>();
     sync::<tokenizer::Tokenizer>();

@@ -26,8 +26,17 @@ pub struct Limits {
     pub rows: usize,
     /// Rows that go through a layer at a time in prefill.
     pub chunk: usize,
+    /// Tokens whose K/V are held at a time, of all sequences together, when none is skipped; None: `batch` whole contexts.
+    pub kv_tokens: Option<usize>,
     /// What everything together may take; None: what the device has free.
     pub memory: Option<Budget>,
+}
+
+impl Limits {
+    /// K/V pages of a layer, where `whole` are those of all contexts.
+    fn kv_pages(&self, whole: usize) -> usize {
+        self.kv_tokens.map_or(whole, |tokens| whole.min(tokens.div_ceil(PAGE)))
+    }
 }
 
 /// What routing means for the memory of a run.
@@ -118,15 +127,18 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Sizes and places everything. Where skipped rows write no K/V, a pool that does not fit at capacity 1 is made as large
-    /// as there is room for.
+    /// Sizes and places everything. The K/V pool holds a context for each sequence, or [`Limits::kv_tokens`] if that is less;
+    /// where skipped rows write no K/V, one that does not fit at capacity 1 is made as large as there is room for.
     ///
     /// Errors: Argument for limits that make no sense; Memory when it does not fit, with the
     /// sizes and the knobs.
     pub fn new(config: &Config, routed: Routed, weights: u64, limits: Limits, be: &dyn Backend) -> Result<Self> {
         let device = be.info();
-        let Limits { context, batch, rows, chunk, memory } = limits;
-        for (name, value) in [("context", context), ("batch", batch), ("rows", rows), ("chunk", chunk)] {
+        let Limits { context, batch, rows, chunk, kv_tokens, memory } = limits;
+        let kv_tokens = kv_tokens.unwrap_or(context);
+        let sizes =
+            [("context", context), ("batch", batch), ("rows", rows), ("chunk", chunk), ("kv_tokens", kv_tokens)];
+        for (name, value) in sizes {
             if !(1..1 << 31).contains(&value) {
                 return Err(
                     Error::new(Kind::Argument, format!("{name} is {value}")).action("give 1 or more, below 2^31")
@@ -138,7 +150,8 @@ impl MemoryPlan {
             return Err(Error::new(Kind::Argument, cause).action("lower --context"));
         }
         let pages_per_seq = context.div_ceil(PAGE);
-        let pages = config.layers.checked_mul(batch).and_then(|n| n.checked_mul(pages_per_seq));
+        let whole = batch.checked_mul(pages_per_seq);
+        let pages = whole.and_then(|n| config.layers.checked_mul(limits.kv_pages(n)));
         let kv = KvLayout {
             layers: config.layers,
             slots: batch,
@@ -178,7 +191,7 @@ impl MemoryPlan {
         if let Some(available) = available {
             // Room for all that the dense layers keep, and the first page of the others; how much more they need is known
             // when they have decided.
-            let full = (config.layers - routed.sparse_kv) * batch * pages_per_seq;
+            let full = (config.layers - routed.sparse_kv) * limits.kv_pages(batch * pages_per_seq);
             let least = full + routed.sparse_kv * batch;
             let room = available.saturating_sub(plan.total() - plan.kv_bytes()) / kv.page_bytes() as u64;
             if room >= least as u64 {
@@ -197,7 +210,7 @@ impl MemoryPlan {
                     Size(plan.kv_bytes()),
                 ),
             )
-            .action("raise --memory, or lower --context, --max-tokens, --chunk or the number of prompts"));
+            .action("raise --memory, or lower --context, --max-tokens, --kv-tokens, --chunk, --batch or the number of prompts"));
         }
         Ok(plan)
     }
@@ -239,7 +252,11 @@ impl fmt::Display for MemoryPlan {
             line(self.workspace, "workspace")?;
         }
         let (pages, page) = (self.kv.pages, Size(self.kv.page_bytes() as u64));
-        line(self.kv_bytes(), &format!("K/V, {pages} pages of {page} in {}", self.kv.dtype))
+        let held = match self.limits.kv_tokens.and(self.kv_tokens(0, 1.0)) {
+            Some(tokens) => format!(", for {tokens} tokens at a time"),
+            None => String::new(),
+        };
+        line(self.kv_bytes(), &format!("K/V, {pages} pages of {page} in {}{held}", self.kv.dtype))
     }
 }
 

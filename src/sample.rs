@@ -105,6 +105,14 @@ impl Sampler {
         self.settings.draw(if greedy { 0 } else { self.rng.next_u64() })
     }
 
+    /// Takes the last draw back: the step that it was for has failed.
+    pub(crate) fn undraw(&mut self) {
+        if self.settings.temperature != 0.0 {
+            // The period is 2^128.
+            self.rng.advance(u128::MAX);
+        }
+    }
+
     /// Whether the tokens depend on more than the logits of the moment, so that [`sample`](Self::sample) must choose them.
     pub fn needs_logits(&self) -> bool {
         self.settings.repetition_penalty != 1.0

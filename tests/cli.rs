@@ -141,6 +141,13 @@ fn a_batch_says_what_its_members_say_alone() {
         let alone = json(&[&["generate", "-n", "30", "--json", prompts[0]], extra].concat());
         assert_eq!(batch["answers"][0], alone["answers"][0], "{extra:?}");
         assert_eq!(batch["answers"].as_array().unwrap().len(), 3);
+        // Two at a time, and pages for one of them.
+        let few = ["generate", "-n", "30", "--json", "--batch", "2", "--kv-tokens", "64"];
+        assert_eq!(json(&[&few, extra, &prompts].concat())["answers"], batch["answers"], "{extra:?}");
+        let lines = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(lines.path(), prompts.join("\n\n") + "\n").unwrap();
+        let by_lines = json(&[&few, extra, &["--lines", lines.path().to_str().unwrap()]].concat());
+        assert_eq!(by_lines["answers"], batch["answers"], "{extra:?}");
     }
     let text = ok(&["generate", "-n", "5", prompts[0], prompts[1]]);
     assert!(text.starts_with("--- 1 ---\n") && text.contains("\n--- 2 ---\n"), "{text}");
@@ -410,6 +417,9 @@ fn inspect_and_doctor_tell_what_there_is() {
     let sum = ["weights", "activations", "kv"].map(|k| value["memory"][k].as_u64().unwrap()).iter().sum::<u64>();
     assert_eq!(value["memory"]["total"].as_u64().unwrap(), sum);
     assert!(ok(&["inspect", "--plan"]).contains("router logits"));
+    let small = json(&["inspect", "--json", "--batch", "8", "--kv-tokens", "1000"]);
+    assert_eq!((&small["memory"]["kv_tokens"], &small["memory"]["kv_pages"]), (&1024.into(), &(8 * 16).into()));
+    assert!(ok(&["inspect", "--batch", "8", "--kv-tokens", "1000"]).contains("for 1024 tokens at a time"));
     let narrow = json(&["inspect", "--json", "--plan", "--device", "cpu", "--kv-dtype", "f16", "--gpu-memory", "90%"]);
     let bytes = |value: &Value| value["memory"]["kv_page_bytes"].as_u64().unwrap() - 256; // positions
     assert_eq!(2 * bytes(&narrow), bytes(&value));
@@ -484,6 +494,10 @@ fn bad_input_gives_one_clear_error() {
     fails(&["bench", "ops", "--rows", "0"], &["--rows"]);
     fails(&["generate", "x", "--memory", "1M"], &["weights", "activations", "K/V", "--memory"]);
     fails(&["generate", "x", "--context", "100000"], &["512"]);
+    let full = ["generate", "x", "-n", "100", "--ignore-eos", "--json", "--kv-tokens", "64"];
+    fails(&full, &["the KV cache is full", "raise --kv-tokens"]);
+    fails(&["generate", "x", "--kv-tokens", "0"], &["kv_tokens is 0"]);
+    fails(&["generate", "x", "--batch", "0"], &["batch is 0"]);
     fails(&["generate", "--file", "/no/such/file"], &["/no/such/file"]);
     fails(&["generate", "--ids", "1,2,1536"], &["1536", "0 to 1535"]);
     fails(&["generate", "x", "--routers", "/no/such/file"], &["/no/such/file"]);

@@ -66,6 +66,7 @@ unsafe fn options(at: *const mindskip_options) -> Done<Options> {
             batch: o.batch.max(1),
             rows: given(o.rows),
             chunk: given(o.chunk),
+            kv_tokens: given(o.kv_tokens),
         })
     }
 }

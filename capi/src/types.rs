@@ -127,6 +127,7 @@ pub struct mindskip_options {
     pub batch: usize,
     pub rows: usize,
     pub chunk: usize,
+    pub kv_tokens: usize,
 }
 
 #[derive(Clone, Copy)]

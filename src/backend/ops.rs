@@ -604,6 +604,9 @@ impl Draw {
     /// The number of [`words`](Self::words).
     pub const WORDS: usize = 6;
 
+    /// The best token.
+    pub const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
+
     /// Errors: Argument when a number is out of its range.
     pub fn check(&self) -> Result<()> {
         let Draw { temperature: t, top_p, min_p, .. } = *self;

@@ -225,7 +225,7 @@ impl Bench {
         let size = be.info().weights.unwrap_or(weights.main_dtype()).size();
         let layer_bytes = size * hidden * (q + 2 * kv + 3 * inter);
         config.layers = TURNS.div_ceil(layer_bytes).clamp(1, config.layers);
-        let limits = Limits { context, batch: 1, rows, chunk: rows, memory: setting.memory };
+        let limits = Limits { context, batch: 1, rows, chunk: rows, kv_tokens: None, memory: setting.memory };
         let bytes = (config.layers * layer_bytes + 2 * size * config.vocab * hidden) as u64;
         let placed = MemoryPlan::new(&config, Routed { layers: 1, sparse_kv: 0 }, bytes, limits, be)?;
 

@@ -151,6 +151,9 @@ pub struct RunArgs {
     /// Tokens that pass a layer together while a prompt is read; as many as suit the device when nothing is given.
     #[arg(long, value_name = "N")]
     chunk: Option<usize>,
+    /// Tokens whose keys and values are held at a time, of all sequences together; each its whole context when nothing is given.
+    #[arg(long, value_name = "N")]
+    kv_tokens: Option<usize>,
 }
 
 impl RunArgs {
@@ -172,7 +175,7 @@ impl RunArgs {
     }
 
     pub fn options(&self, batch: usize, context: usize, rows: usize) -> Result<Options> {
-        let Self { device, dtype, kv_dtype, kernels, precision, threads, memory, chunk, .. } = *self;
+        let Self { device, dtype, kv_dtype, kernels, precision, threads, memory, chunk, kv_tokens, .. } = *self;
         Ok(Options {
             device,
             dtype,
@@ -184,6 +187,7 @@ impl RunArgs {
             batch,
             rows: Some(rows),
             chunk,
+            kv_tokens,
             memory,
         })
     }

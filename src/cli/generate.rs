@@ -1,41 +1,43 @@
 //! `mindskip generate`.
 
 use std::io::{self, IsTerminal, Read, Write};
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use clap::Args;
+use mindskip::batch::{Batch, Event, Id, Request};
 use mindskip::bundle::Bundle;
 use mindskip::chat::{ChatTemplate, Message};
-use mindskip::engine::Engine;
-use mindskip::generate::{Answer, Finish, Timing, Turn, generate};
+use mindskip::generate::{Answer, Finish};
 use mindskip::sample::Sampler;
 use mindskip::tokenizer::Tokenizer;
 use mindskip::{Error, Kind, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::args::{ModelArgs, RoutingArgs, RunArgs, SampleArgs};
 use super::progress::{catch_interrupts, interrupted};
-use super::show::{Usage, routing_line, timing_line};
+use super::show::{Usage, routing_line, timing_line, visible};
 use super::{Failure, Outcome, Ran, bad, print_json};
 
 /// Continues prompts, or answers them with --chat
 ///
-/// The text goes to standard output as it is made, everything else to standard error.
+/// The text goes to standard output as it is made, that of several prompts in their order; everything else to standard error.
 #[derive(Args)]
 pub struct Generate {
-    /// Several are a batch. Without any, the prompt is what standard input gives.
+    /// Several run together. Without any, the prompt is what standard input gives.
     prompts: Vec<String>,
     #[command(flatten)]
     model: ModelArgs,
     /// A file that holds a prompt; may be given several times.
     #[arg(short, long = "file", value_name = "FILE")]
     files: Vec<PathBuf>,
+    /// A file with a prompt in every line that is not empty; - is standard input.
+    #[arg(long, value_name = "FILE")]
+    lines: Option<PathBuf>,
     /// A prompt of token ids: 1,2,3.
-    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompts", "files", "chat"])]
+    #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompts", "files", "lines", "chat"])]
     ids: Vec<u32>,
     /// A file of token ids, separated by commas or white space.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompts", "files", "chat", "ids"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["prompts", "files", "lines", "chat", "ids"])]
     ids_file: Option<PathBuf>,
     /// The prompt is a message to the model, put into its chat template.
     #[arg(long)]
@@ -43,6 +45,9 @@ pub struct Generate {
     /// With --chat: what the system message says.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     system: Option<String>,
+    /// Prompts that run at a time; the next one begins when one has ended.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    batch: usize,
     /// Tokens to make at most, for each prompt.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
@@ -77,37 +82,81 @@ impl Generate {
         let _noted = catch_interrupts();
         let (model, eos) = (bundle.name.clone(), if self.ignore_eos { Vec::new() } else { bundle.eos().to_vec() });
 
-        let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+        let mut lengths: Vec<_> = prompts.iter().map(Vec::len).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
         let room = bundle.config.context;
         if longest > self.run.context.unwrap_or(room) {
             return Err(too_long(longest, self.run.context.unwrap_or(room)).into());
         }
         let context = longest.saturating_add(self.max_tokens).min(room);
-        let rows = prompts.iter().map(Vec::len).sum();
-        let mut engine = self.run.engine(bundle, routing, prompts.len(), context, rows)?;
+        let slots = self.batch.min(prompts.len());
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        let rows = lengths[..slots].iter().sum();
+        let engine = self.run.engine(bundle, routing, slots, context, rows)?;
         if self.stats && !self.json {
             eprintln!("{model}: {}; {}", routing_line(engine.routing()), engine.device().name);
         }
 
-        let mut turns = Vec::with_capacity(prompts.len());
+        let mut batch = Batch::new(engine, &tokenizer).queue(prompts.len());
+        let mut asked = Vec::with_capacity(prompts.len());
         for (i, prompt) in prompts.into_iter().enumerate() {
-            turns.push(Turn {
-                sampler: Sampler::for_sequence(sampling, i as u64)?,
-                max_tokens: self.max_tokens,
-                eos: eos.clone(),
-                stop: self.stop.clone(),
-                ..Turn::new(engine.open()?, prompt)?
-            });
+            let (sampler, tokens) = (Sampler::for_sequence(sampling, i as u64)?, prompt.len());
+            let (max_tokens, eos, stop) = (self.max_tokens, eos.clone(), self.stop.clone());
+            let id = batch.submit(Request { prompt, sampler, max_tokens, eos, stop })?;
+            asked.push(Asked { id, tokens, answer: None });
         }
-        let mut printer = Printer { stream: turns.len() == 1 && !self.json, failed: None };
-        let made = generate(&mut engine, &tokenizer, &mut turns, &mut |_, text| printer.print(text));
-        if let Some(e) = printer.failed {
-            return Err(e.into());
+        self.answer(&mut batch, &mut asked)?;
+        self.show(&model, &mut batch, &asked)?;
+        let broken_off = asked.iter().any(|asked| asked.finish() == Some(Finish::Interrupted));
+        match asked.iter().any(|asked| asked.finish().is_none()) {
+            true => Ok(Outcome::Failed),
+            false if broken_off => Ok(Outcome::Interrupted),
+            false => Ok(Outcome::Done),
         }
-        let (answers, timing) = made?;
-        self.show(&model, &mut engine, &turns, &answers, &timing)?;
-        let broken_off = answers.iter().any(|a| a.finish == Finish::Interrupted);
-        Ok(if broken_off { Outcome::Interrupted } else { Outcome::Done })
+    }
+
+    /// Runs until every prompt has its answer. The text of one is written as it is made, of several in order, as soon as those
+    /// before have ended.
+    fn answer(&self, batch: &mut Batch, asked: &mut [Asked]) -> std::result::Result<(), Failure> {
+        let (alone, mut written) = (asked.len() == 1, 0);
+        while !batch.is_idle() {
+            if interrupted() {
+                asked.iter().try_for_each(|asked| batch.cancel(asked.id).map(drop))?;
+            }
+            let events = batch.step()?;
+            let mut out = io::stdout().lock();
+            for event in events {
+                let (id, answer) = match event {
+                    Event::Done(id, answer) => (id, Ok(answer)),
+                    Event::Failed(_, error) if alone => return Err(error.into()),
+                    Event::Failed(id, error) => (id, Err(error)),
+                    Event::Text(_, text) => {
+                        if alone && !self.json {
+                            out.write_all(text.as_bytes())?;
+                            out.flush()?;
+                        }
+                        continue;
+                    }
+                };
+                let at = asked.binary_search_by_key(&id, |asked| asked.id).expect("a prompt's");
+                if let Err(error) = &answer {
+                    eprintln!("mindskip: error: prompt {}: {}", at + 1, visible(&error.to_string()));
+                }
+                asked[at].answer = Some(answer);
+            }
+            while let Some(answer) = asked.get(written).and_then(|asked| asked.answer.as_ref()) {
+                written += 1;
+                let text = answer.as_ref().map_or("", |answer| &answer.text);
+                match (self.json, alone) {
+                    (true, _) => {}
+                    (_, true) if text.ends_with('\n') => {}
+                    (_, true) => writeln!(out)?,
+                    _ => writeln!(out, "--- {written} ---\n{}", text.trim_end_matches('\n'))?,
+                }
+            }
+            out.flush()?;
+        }
+        Ok(())
     }
 
     /// The prompts as tokens.
@@ -121,6 +170,13 @@ impl Generate {
         let mut texts = self.prompts.clone();
         for path in &self.files {
             texts.push(without_last_newline(read_text(path)?));
+        }
+        if let Some(path) = &self.lines {
+            let text = if path.as_os_str() == "-" { read_stdin()? } else { read_text(path)? };
+            texts.extend(text.lines().filter(|line| !line.is_empty()).map(String::from));
+            if texts.is_empty() {
+                return bad("no prompt", "give a file with a prompt in every line");
+            }
         }
         if texts.is_empty() {
             texts.push(without_last_newline(read_stdin()?));
@@ -140,31 +196,17 @@ impl Generate {
         tokenizer.encode(&template.render(&messages, true, &Default::default())?, false)
     }
 
-    fn show(
-        &self,
-        model: &str,
-        engine: &mut Engine,
-        turns: &[Turn],
-        answers: &[Answer],
-        timing: &Timing,
-    ) -> std::result::Result<(), Failure> {
-        let usage = Usage::of(engine)?;
+    fn show(&self, model: &str, batch: &mut Batch, asked: &[Asked]) -> std::result::Result<(), Failure> {
+        let timing = batch.timing();
+        let mut usage = Usage::of(batch.engine())?;
+        usage.kv = batch.kv_usage();
+        let engine = batch.engine();
         if self.json {
-            let answers: Vec<_> = turns
-                .iter()
-                .zip(answers)
-                .map(|(turn, answer)| {
-                    json!({
-                        "prompt_tokens": turn.prompt.len(), "text": answer.text, "ids": answer.tokens,
-                        "finish": answer.finish.name(),
-                    })
-                })
-                .collect();
             let mut value = json!({
                 "model": model,
                 "device": engine.device().name,
                 "routing": routing_line(engine.routing()),
-                "answers": answers,
+                "answers": asked.iter().map(Asked::json).collect::<Vec<_>>(),
                 "prompt_tokens": timing.prompt_tokens,
                 "prefill_tokens_per_s": timing.prefill_rate(),
                 "decoded_tokens": timing.decoded_tokens,
@@ -174,22 +216,9 @@ impl Generate {
             let (value_map, usage) = (value.as_object_mut().expect("an object"), usage.json());
             value_map.extend(usage.as_object().expect("an object").clone());
             print_json(&value)?;
-            return Ok(());
-        }
-        let mut out = io::stdout().lock();
-        if let [answer] = answers {
-            if !answer.text.ends_with('\n') {
-                writeln!(out)?;
-            }
-        } else {
-            for (i, answer) in answers.iter().enumerate() {
-                writeln!(out, "--- {} ---\n{}", i + 1, answer.text.trim_end_matches('\n'))?;
-            }
-        }
-        out.flush()?;
-        if self.stats {
+        } else if self.stats {
             let mut err = io::stderr().lock();
-            let _ = writeln!(err, "\n{}", timing_line(timing));
+            let _ = writeln!(err, "\n{}", timing_line(&timing));
             if !usage.layers.is_empty() {
                 let _ = writeln!(err, "capacity {:.1}% of the routed layers", usage.capacity() * 100.0);
                 let _ = usage.print_layers(&mut err);
@@ -197,6 +226,30 @@ impl Generate {
             let _ = writeln!(err, "K/V {}", usage.kv_line());
         }
         Ok(())
+    }
+}
+
+/// A prompt and what came of it.
+struct Asked {
+    id: Id,
+    /// Of the prompt.
+    tokens: usize,
+    answer: Option<Result<Answer>>,
+}
+
+impl Asked {
+    fn finish(&self) -> Option<Finish> {
+        Some(self.answer.as_ref()?.as_ref().ok()?.finish)
+    }
+
+    fn json(&self) -> Value {
+        match &self.answer {
+            Some(Ok(answer)) => json!({
+                "prompt_tokens": self.tokens, "text": answer.text, "ids": answer.tokens, "finish": answer.finish.name(),
+            }),
+            Some(Err(error)) => json!({"prompt_tokens": self.tokens, "error": error.to_string()}),
+            None => json!({"prompt_tokens": self.tokens}),
+        }
     }
 }
 
@@ -252,20 +305,4 @@ pub fn read_stdin() -> Result<String> {
     io::stdin().read_to_end(&mut bytes).map_err(|e| Error::io("standard input", e))?;
     String::from_utf8(bytes)
         .map_err(|_| Error::new(Kind::Argument, "standard input is not UTF-8 text").action("convert it to UTF-8"))
-}
-
-/// Writes text as it is made.
-struct Printer {
-    stream: bool,
-    failed: Option<io::Error>,
-}
-
-impl Printer {
-    fn print(&mut self, text: &str) -> ControlFlow<()> {
-        if self.stream && !text.is_empty() {
-            let mut out = io::stdout().lock();
-            self.failed = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
-        }
-        if self.failed.is_some() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    }
 }

@@ -222,6 +222,7 @@ fn plan_json(plan: &MemoryPlan) -> Value {
         "weights": plan.weights, "activations": plan.activations(), "kv": plan.kv_bytes(), "total": plan.total(),
         "free": plan.available,
         "kv_dtype": plan.kv.dtype.to_string(), "kv_pages": plan.kv.pages, "kv_page_bytes": plan.kv.page_bytes(),
+        "kv_tokens": plan.kv_tokens(0, 1.0),
         "buffers": plan.buffers.list().into_iter().map(|(n, b)| (n.to_owned(), b.into())).collect::<Map<_, _>>(),
     })
 }
