@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::args::{ModelArgs, RoutingArgs, RunArgs, SampleArgs};
 use super::progress::{catch_interrupts, interrupted};
-use super::show::{Usage, routing_line, timing_line};
+use super::show::{Usage, printable, routing_line, timing_line};
 use super::{Failure, Outcome, Ran, bad, print_json};
 
 /// Continues prompts, or answers them with --chat
@@ -183,7 +183,7 @@ impl Generate {
             }
         } else {
             for (i, answer) in answers.iter().enumerate() {
-                writeln!(out, "--- {} ---\n{}", i + 1, answer.text.trim_end_matches('\n'))?;
+                writeln!(out, "--- {} ---\n{}", i + 1, printable(answer.text.trim_end_matches('\n')))?;
             }
         }
         out.flush()?;
@@ -264,7 +264,7 @@ impl Printer {
     fn print(&mut self, text: &str) -> ControlFlow<()> {
         if self.stream && !text.is_empty() {
             let mut out = io::stdout().lock();
-            self.failed = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
+            self.failed = out.write_all(printable(text).as_bytes()).and_then(|()| out.flush()).err();
         }
         if self.failed.is_some() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
