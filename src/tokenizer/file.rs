@@ -279,7 +279,7 @@ fn growth(part: &Value) -> f64 {
     let own = match (kind(part), &part["pattern"]["String"]) {
         // An expression may match between any two bytes.
         ("Replace", Value::Null) => 1.0 + length(&part["content"]),
-        ("Replace", old) => (length(&part["content"]) / length(old)).max(1.0),
+        ("Replace", old) => (length(&part["content"]) / length(old).max(1.0)).max(1.0),
         ("Prepend", _) => 1.0 + length(&part["prepend"]),
         ("Metaspace", _) => 1.0 + length(&part["replacement"]),
         ("Precompiled", _) => {
