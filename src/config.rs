@@ -208,6 +208,8 @@ struct Raw {
     quantization_config: Option<IgnoredAny>,
 }
 
+const MAX_HEAD_DIM: usize = 1 << 12;
+
 fn default_window() -> Option<u64> {
     Some(4096)
 }
@@ -262,13 +264,13 @@ impl Raw {
             format!("{heads} heads are not a multiple of {kv_heads} key/value heads")
         })?;
         let head_dim = match self.head_dim {
-            Some(_) => size("head_dim", self.head_dim, 1 << 12)?,
+            Some(_) => size("head_dim", self.head_dim, MAX_HEAD_DIM)?,
             None if family == Family::Qwen3 => 128,
             None => {
                 ensure_sane(hidden % heads == 0, || {
                     format!("hidden_size {hidden} is not a multiple of {heads} heads")
                 })?;
-                hidden / heads
+                size("hidden_size / num_attention_heads", Some((hidden / heads) as u64), MAX_HEAD_DIM)?
             }
         };
         ensure_sane(head_dim % 2 == 0, || format!("head_dim is {head_dim}; RoPE needs an even one"))?;

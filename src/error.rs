@@ -31,6 +31,9 @@ pub enum Kind {
     Interrupted,
 }
 
+/// So many bytes of a cause are shown at most: it may quote a file.
+const SHOWN: usize = 1000;
+
 /// An error that names the operation, the cause and the next action.
 ///
 /// Displayed on one line: `path: cause (while op); action`.
@@ -95,7 +98,10 @@ impl fmt::Display for Error {
         if let Some(path) = &e.path {
             write!(f, "{}: ", path.display())?;
         }
-        f.write_str(&e.cause)?;
+        f.write_str(&e.cause[..e.cause.floor_char_boundary(SHOWN)])?;
+        if e.cause.len() > SHOWN {
+            f.write_str("…")?;
+        }
         if let Some(op) = &e.op {
             write!(f, " (while {op})")?;
         }
@@ -143,5 +149,7 @@ mod tests {
             .action("download it again");
         assert_eq!(e.to_string(), "a.safetensors: header is cut off (while loading weights); download it again");
         assert_eq!(e.kind(), Kind::Format);
+        let e = Error::new(Kind::Format, "é".repeat(600)).action("shorten it");
+        assert_eq!(e.to_string(), format!("{}…; shorten it", "é".repeat(500)));
     }
 }

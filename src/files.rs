@@ -9,7 +9,11 @@ use memmap2::Mmap;
 use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::Bytes;
 
-/// Reads a small file whole.
+/// What of a model is not weights has at most so many bytes. The largest vocabularies take 35 MB, and memory is several times
+/// the file.
+const MAX_SMALL: u64 = 1 << 27;
+
+/// Reads a file whole.
 ///
 /// Errors: Io; not a regular file (a pipe would block, a device never end).
 pub fn read(path: &Path) -> Result<Vec<u8>> {
@@ -17,9 +21,19 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).map_err(|e| Error::io(path, e))
 }
 
-/// Reads a file that may be absent.
+/// Reads a file of a model that is not weights. Errors: as of [`read`]; Unsupported when it is too long.
+pub fn read_small(path: &Path) -> Result<Vec<u8>> {
+    let length = ensure_regular(path)?;
+    if length > MAX_SMALL {
+        let cause = format!("{length} bytes; the limit is {MAX_SMALL}");
+        return Err(Error::new(Kind::Unsupported, cause).at(path).action("download the file again"));
+    }
+    read(path)
+}
+
+/// The same of a file that may be absent.
 pub fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>> {
-    if path.exists() { read(path).map(Some) } else { Ok(None) }
+    if path.exists() { read_small(path).map(Some) } else { Ok(None) }
 }
 
 /// Maps a file read-only. Any number of processes may map one file; they share its memory.
@@ -65,10 +79,11 @@ pub fn is_inside(name: &str) -> bool {
     !name.is_empty() && Path::new(name).components().all(|c| matches!(c, Component::Normal(_)))
 }
 
-fn ensure_regular(path: &Path) -> Result<()> {
+/// Bytes of a regular file.
+fn ensure_regular(path: &Path) -> Result<u64> {
     let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
     if metadata.is_file() {
-        return Ok(());
+        return Ok(metadata.len());
     }
     Err(Error::new(Kind::Io, "not a regular file").at(path).action("check the path"))
 }
@@ -138,11 +153,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_refused() {
+    fn what_is_no_file_or_too_long_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         assert!(map(dir.path()).unwrap_err().to_string().contains("not a regular file"));
         assert!(map(&dir.path().join("absent")).unwrap_err().to_string().contains("check the path"));
         fs::write(dir.path().join("empty"), b"").unwrap();
         assert!(map(&dir.path().join("empty")).unwrap().is_empty());
+
+        let long = dir.path().join("tokenizer.json");
+        File::create(&long).unwrap().set_len(MAX_SMALL + 1).unwrap(); // a hole, which takes no room
+        let error = read_if_exists(&long).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(
+            error.to_string().contains("tokenizer.json: 134217729 bytes; the limit is 134217728; download"),
+            "{error}"
+        );
     }
 }

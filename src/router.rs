@@ -232,6 +232,9 @@ pub struct RouterSet {
 }
 
 const FORMAT: &str = "mindskip-routers-1";
+/// What of the metadata stands for fields.
+const KEYS: [&str; 9] =
+    ["format", "granularity", "keys", "select", "threshold", "capacity", "layers", "thresholds", "fingerprint"];
 
 impl RouterSet {
     /// Reads a router file, or a folder as the published code saves it: `config.json` with the settings and safetensors
@@ -426,6 +429,8 @@ impl RouterSet {
     /// The bytes of a router file.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut metadata = self.metadata.clone();
+        // A foreign file may have used our names for something else.
+        metadata.retain(|key, _| !KEYS.contains(&key.as_str()));
         let mut set = |key: &str, value: String| metadata.insert(key.into(), value);
         set("format", FORMAT.into());
         set("granularity", self.settings.granularity.to_string());
@@ -591,6 +596,14 @@ mod tests {
         back.save(&path).unwrap();
         assert_eq!(fs::read(&path).unwrap(), set().to_bytes());
         assert!(safetensors::SafeTensors::deserialize(&set().to_bytes()).is_ok());
+    }
+
+    #[test]
+    fn foreign_metadata_does_not_spoil_what_is_saved() {
+        let foreign = [("format", "pt"), ("capacity", "5.5"), ("author", "me")].map(|(k, v)| (k.into(), v.into()));
+        let set = RouterSet { settings: RouterSettings::default(), metadata: foreign.into(), ..set() };
+        let back = RouterSet::from_bytes(Path::new("r"), Bytes::new(set.to_bytes())).unwrap();
+        assert_eq!((back.settings, back.metadata["author"].as_str()), (set.settings, "me"));
     }
 
     #[test]

@@ -388,7 +388,7 @@ pub(crate) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let index: Index = serde_json::from_slice(&files::read(path)?).map_err(|e| damaged(e).at(path))?;
+    let index: Index = serde_json::from_slice(&files::read_small(path)?).map_err(|e| damaged(e).at(path))?;
     match index.weight_map.values().find(|name| !files::is_inside(name)) {
         None => Ok(index.weight_map),
         Some(name) => Err(Error::new(Kind::Format, format!("names {name:?}, which is not in its folder"))

@@ -6,7 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::goldens;
+use common::mutate::mutate;
+use common::{goldens, stories};
 use mindskip::config::Config;
 use mindskip::engine::{Budget, Engine, Options};
 use mindskip::generation::GenerationConfig;
@@ -18,68 +19,13 @@ use mindskip::weights::Weights;
 use mindskip::{Kind, Result};
 use peak_alloc::PeakAlloc;
 use rand_pcg::Pcg64Dxsm;
-use rand_pcg::rand_core::{Rng, SeedableRng};
+use rand_pcg::rand_core::SeedableRng;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
 /// Mutated files in all; the numbers of cases below add up to it.
 const CASES: usize = 10_000;
-
-fn below(rng: &mut Pcg64Dxsm, n: usize) -> usize {
-    (rng.next_u64() % n.max(1) as u64) as usize
-}
-
-/// Breaks a file the way disks, editors and attackers do.
-fn mutate(bytes: &[u8], rng: &mut Pcg64Dxsm) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    for _ in 0..=below(rng, 3) {
-        if bytes.is_empty() {
-            break;
-        }
-        let at = below(rng, bytes.len());
-        // Headers and small files are where it hurts.
-        let at = if rng.next_u64().is_multiple_of(2) { at.min(below(rng, 2000)) } else { at };
-        match below(rng, 9) {
-            0 => bytes[at] ^= 1 << below(rng, 8),
-            1 => bytes[at] = rng.next_u64() as u8,
-            2 => bytes.truncate(at),
-            3 => drop(bytes.drain(at..(at + 1 + below(rng, 64)).min(bytes.len()))),
-            4 => {
-                let chunk = bytes[at..(at + 1 + below(rng, 64)).min(bytes.len())].to_vec();
-                bytes.splice(at..at, chunk);
-            }
-            // A number becomes another one, often an absurd one.
-            5 | 6 => {
-                let digits = |b: &u8| b.is_ascii_digit();
-                let Some(start) = (at..bytes.len()).find(|&i| digits(&bytes[i])) else { continue };
-                let end = (start..bytes.len()).find(|&i| !digits(&bytes[i])).unwrap_or(bytes.len());
-                let numbers: [&[u8]; 8] = [
-                    b"0",
-                    b"-1",
-                    b"1",
-                    b"4294967296",
-                    b"9223372036854775807",
-                    b"18446744073709551616",
-                    b"1e308",
-                    b"3.5",
-                ];
-                bytes.splice(start..end, numbers[below(rng, numbers.len())].iter().copied());
-            }
-            // The length that a safetensors file begins with.
-            7 => {
-                let end = bytes.len().min(8);
-                let length = (rng.next_u64() >> below(rng, 64)).to_le_bytes();
-                bytes[..end].copy_from_slice(&length[..end]);
-            }
-            _ => {
-                let words: [&[u8]; 6] = [b"[[[[[[[[", b"{\"a\":", b"null", b"\xff\xfe", b"\"\\ud800\"", b"NaN"];
-                bytes.splice(at..at, words[below(rng, words.len())].iter().copied());
-            }
-        }
-    }
-    bytes
-}
 
 /// Runs `parse` on `cases` mutations of a file: it ends soon, without a panic, with a message that names the file and what to
 /// do, and never holds more than a few times the file.
@@ -114,10 +60,6 @@ fn survive(name: &str, file: &Path, cases: usize, parse: impl Fn(&Path, Vec<u8>)
 
 fn model() -> PathBuf {
     goldens().join("routing/model")
-}
-
-fn stories() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/stories")
 }
 
 // One test, because the memory counted is that of the whole process.

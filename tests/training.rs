@@ -1,11 +1,14 @@
 //! Runs of the trainer and of `mindskip tune` on the embedded model.
 #![cfg(feature = "cli")]
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use common::stories;
 use mindskip::Kind;
 use mindskip::backend::Rates;
 use mindskip::bench::{Ideal, Text, ideal};
@@ -19,10 +22,6 @@ use mindskip::tune::train::{TrainSettings, Trainer};
 use mindskip::tune::{Goal, Tuner};
 
 const LAYERS: [usize; 5] = [3, 4, 5, 6, 7];
-
-fn stories() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/stories")
-}
 
 /// The first stories of the held-out text: a sentence, and what follows.
 fn write_data(dir: &Path, records: usize) -> PathBuf {
@@ -125,21 +124,6 @@ fn the_capacity_that_was_asked_for_is_reached_on_held_out_text() {
     }
 }
 
-/// The embedded model with a NaN in the embedding of one token.
-fn with_nan(token: u32, dir: &Path) -> Bundle {
-    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(stories().join(name), dir.join(name)).unwrap();
-    }
-    let mut bytes = std::fs::read(stories().join("model.safetensors")).unwrap();
-    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let table: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
-    let start = table["model.embed_tokens.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
-    let at = 8 + header + start + token as usize * 128 * 2;
-    bytes[at..at + 2].copy_from_slice(&half::bf16::NAN.to_le_bytes());
-    std::fs::write(dir.join("model.safetensors"), bytes).unwrap();
-    Bundle::open(dir).unwrap()
-}
-
 #[test]
 fn a_loss_that_is_no_number_stops_the_run_and_names_the_record() {
     let dir = tempfile::tempdir().unwrap();
@@ -148,7 +132,8 @@ fn a_loss_that_is_no_number_stops_the_run_and_names_the_record() {
     let data = dir.path().join("data.jsonl");
     std::fs::write(&data, format!("{line}\n").repeat(8)).unwrap();
     // Its embedding is also a row of the head, so every record has a loss that is none.
-    let bundle = with_nan(ids[ids.len() - 1], dir.path());
+    common::with_nan(ids[ids.len() - 1], dir.path());
+    let bundle = Bundle::open(dir.path()).unwrap();
     let settings = TrainSettings { val_split: 0.0, batch: 1, steps: 8, ..settings() };
     let mut trainer = trainer(bundle, &data, settings).unwrap();
     let error = loop {

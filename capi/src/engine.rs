@@ -236,12 +236,13 @@ pub unsafe extern "C" fn mindskip_prefill(
 ) -> mindskip_status {
     entry(|| {
         // SAFETY: the header's rule.
-        let (prompts, out) = unsafe {
+        let (out, prompts) = unsafe {
+            let out = to_logits(logits)?;
             let prompts: Done<Vec<_>> = list("prompts", prompts, count)?
                 .iter()
                 .map(|prompt| Ok((prompt.seq, list("tokens", prompt.tokens, prompt.count)?)))
                 .collect();
-            (prompts?, to_logits(logits)?)
+            (out, prompts?)
         };
         with(engine, |session| {
             let steps: Done<Vec<_>> = prompts.iter().map(|&(seq, ids)| Ok((session.seq(seq)?, ids))).collect();
@@ -261,8 +262,8 @@ pub unsafe extern "C" fn mindskip_decode(
 ) -> mindskip_status {
     entry(|| {
         // SAFETY: the header's rule.
-        let (seqs, tokens, out) =
-            unsafe { (list("seqs", seqs, count)?, list("tokens", tokens, count)?, to_logits(logits)?) };
+        let (out, seqs, tokens) =
+            unsafe { (to_logits(logits)?, list("seqs", seqs, count)?, list("tokens", tokens, count)?) };
         with(engine, |session| {
             let steps: Done<Vec<_>> = seqs.iter().zip(tokens).map(|(&s, &id)| Ok((session.seq(s)?, id))).collect();
             set_logits(out, session.engine.decode(&steps?)?);

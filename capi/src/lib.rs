@@ -15,6 +15,12 @@ mod types;
 
 use std::ffi::{CStr, c_char};
 
+// For capi/rlib.
+pub use engine::*;
+pub use generate::*;
+pub use model::*;
+pub use types::*;
+
 #[unsafe(no_mangle)]
 pub extern "C" fn mindskip_abi_version() -> u32 {
     types::MINDSKIP_ABI_VERSION

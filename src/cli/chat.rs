@@ -14,7 +14,7 @@ use mindskip::{Result, memory::Size};
 use super::args::{ModelArgs, RoutingArgs, RunArgs, SampleArgs};
 use super::generate::{template, too_long};
 use super::progress::{catch_interrupts, interrupted};
-use super::show::{Usage, routing_line, timing_line};
+use super::show::{Usage, printable, routing_line, timing_line};
 use super::{Failure, Outcome, Ran};
 
 /// A conversation with a model that has a chat template
@@ -131,7 +131,7 @@ impl Chat {
         let mut failed = None;
         let (answers, timing) = generate(engine, tokenizer, &mut turn, &mut |_, text| {
             let mut out = io::stdout().lock();
-            failed = out.write_all(text.as_bytes()).and_then(|()| out.flush()).err();
+            failed = out.write_all(printable(text).as_bytes()).and_then(|()| out.flush()).err();
             if failed.is_some() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         if let Some(e) = failed {

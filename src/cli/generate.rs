@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::args::{ModelArgs, RoutingArgs, RunArgs, SampleArgs};
 use super::progress::{catch_interrupts, interrupted};
-use super::show::{Usage, routing_line, timing_line, visible};
+use super::show::{Usage, printable, routing_line, timing_line, visible};
 use super::{Failure, Outcome, Ran, bad, print_json};
 
 /// Continues prompts, or answers them with --chat
@@ -132,7 +132,7 @@ impl Generate {
                     Event::Failed(id, error) => (id, Err(error)),
                     Event::Text(_, text) => {
                         if alone && !self.json {
-                            out.write_all(text.as_bytes())?;
+                            out.write_all(printable(&text).as_bytes())?;
                             out.flush()?;
                         }
                         continue;
@@ -151,7 +151,7 @@ impl Generate {
                     (true, _) => {}
                     (_, true) if text.ends_with('\n') => {}
                     (_, true) => writeln!(out)?,
-                    _ => writeln!(out, "--- {written} ---\n{}", text.trim_end_matches('\n'))?,
+                    _ => writeln!(out, "--- {written} ---\n{}", printable(text.trim_end_matches('\n')))?,
                 }
             }
             out.flush()?;

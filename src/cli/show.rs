@@ -1,6 +1,7 @@
 //! What skipping did, for people and as JSON.
 
-use std::io::{self, Write};
+use std::borrow::Cow;
+use std::io::{self, IsTerminal, Write};
 
 use mindskip::Result;
 use mindskip::engine::{Activity, Engine, KvUsage};
@@ -131,6 +132,11 @@ pub fn timing_line(timing: &Timing) -> String {
         timing.decode_rate(),
         timing.first_token.as_secs_f64() * 1e3,
     )
+}
+
+/// Text for standard output: as it is, but visible where that is a terminal.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    if io::stdout().is_terminal() { visible(text).into() } else { text.into() }
 }
 
 /// With what would do something in place of being seen written out: what controls a terminal, or turns the direction of a

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
@@ -25,6 +28,8 @@ const MAX_ID: u32 = 1 << 24;
 const MAX_PIECE: usize = 1 << 10;
 /// Normalizers and their like nest at most this deep; real ones do twice.
 const MAX_NESTING: usize = 8;
+/// A text becomes at most so many times as long, by [`growth`]; real files come to 2112.
+const MAX_GROWTH: f64 = 4096.0;
 
 /// Reads a `tokenizer.json`, with what its `tokenizer_config.json` says.
 ///
@@ -107,6 +112,10 @@ impl File {
     fn build(self, path: &Path, settings: Settings) -> Result<Inner> {
         if let Some(version) = self.version.filter(|v| v != "1.0") {
             return Err(unsupported(format!("version {version:?} of the format")));
+        }
+        let parts = [&self.normalizer, &self.pre_tokenizer, &self.decoder];
+        if parts.into_iter().flatten().map(growth).product::<f64>() > MAX_GROWTH {
+            return Err(broken(format!("parts that may make a text more than {MAX_GROWTH} times as long")));
         }
         let growth = Growth::of(self.decoder.as_ref());
         let (model, mut highest) = self.model.build()?;
@@ -252,6 +261,7 @@ fn check_part(part: &Value, depth: usize) -> Result<()> {
     }
     match kind(part) {
         "Precompiled" => {
+            replacements(part).ok_or_else(|| broken("a normalizer whose table is cut off"))?;
             let read: Result<Precompiled, _> = serde_json::from_str(&part.to_string());
             read.map(drop).map_err(|e| broken(format!("a bad normalizer: {e}")))
         }
@@ -263,6 +273,37 @@ fn check_part(part: &Value, depth: usize) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// How many times as long a part may make a text, at most. Parts of a sequence multiply: each reads what the one before made.
+fn growth(part: &Value) -> f64 {
+    let inner = ["normalizers", "pretokenizers", "decoders"].iter().filter_map(|list| part[list].as_array());
+    let length = |text: &Value| text.as_str().map_or(0, str::len) as f64;
+    let own = match (kind(part), &part["pattern"]["String"]) {
+        // An expression may match between any two bytes.
+        ("Replace", Value::Null) => 1.0 + length(&part["content"]),
+        ("Replace", old) => (length(&part["content"]) / length(old).max(1.0)).max(1.0),
+        ("Prepend", _) => 1.0 + length(&part["prepend"]),
+        ("Metaspace", _) => 1.0 + length(&part["replacement"]),
+        ("Precompiled", _) => {
+            let all = replacements(part).unwrap_or_default();
+            all.split(|&b| b == 0).map(|one| one.len() as f64).fold(1.0, f64::max)
+        }
+        // Two bytes for one, a blank on either side, a blank between any two bytes.
+        ("ByteLevel" | "BertNormalizer" | "BPEDecoder" | "CTC" | "WordPiece", _) => 2.0,
+        _ => 1.0,
+    };
+    inner.flatten().map(growth).product::<f64>() * own
+}
+
+/// What a precompiled normalizer puts in place of characters, each ended by a 0: the bytes behind a table of as many bytes as
+/// the first four say. `tokenizers` would allocate as much as these say.
+fn replacements(part: &Value) -> Option<Vec<u8>> {
+    let padding = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let base64 = GeneralPurpose::new(&STANDARD, padding);
+    let bytes = base64.decode(part["precompiled_charsmap"].as_str()?).ok()?;
+    let (size, rest) = bytes.split_first_chunk()?;
+    Some(rest.get(u32::from_le_bytes(*size) as usize..)?.to_vec())
 }
 
 /// The ids that a post-processor puts before and behind a text.
@@ -543,7 +584,22 @@ mod tests {
             ),
             (part("added_tokens", json!([{"id": u32::MAX, "content": "<x>"}])), "beyond any vocabulary"),
             (part("normalizer", nested), "parts nested more than 8 deep"),
-            (part("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAA"})), "a bad normalizer"),
+            (
+                part("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "////f2E="})),
+                "a normalizer whose table is cut off",
+            ),
+            (
+                part("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "BAAAAAAAAAD/"})),
+                "a bad normalizer",
+            ),
+            (
+                part(
+                    "normalizer",
+                    json!({"type": "Precompiled",
+                    "precompiled_charsmap": format!("BAAAAAAAAABh{}", "YWFh".repeat(1400))}),
+                ),
+                "more than 4096 times as long",
+            ),
             (
                 part("normalizer", json!({"type": "Replace", "pattern": {"Regex": "("}, "content": ""})),
                 "a bad normalizer",
@@ -557,6 +613,22 @@ mod tests {
                 }))
                 .to_string(),
                 "the added token \" \" is empty once it is normalized",
+            ),
+            (
+                part(
+                    "normalizer",
+                    json!({"type": "Sequence", "normalizers": vec![
+                        json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}); 7
+                    ]}),
+                ),
+                "parts that may make a text more than 4096 times as long",
+            ),
+            (
+                part(
+                    "pre_tokenizer",
+                    json!({"type": "Sequence", "pretokenizers": vec![json!({"type": "ByteLevel"}); 11]}),
+                ),
+                "more than 4096 times as long",
             ),
             (part("pre_tokenizer", json!({"type": "FixedLength", "length": 0})), "of length 0"),
             (part("pre_tokenizer", json!({"type": "None"})), "a bad pre_tokenizer"),

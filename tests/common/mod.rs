@@ -3,6 +3,7 @@
 
 #[cfg(feature = "emulate")]
 pub mod emulator;
+pub mod mutate;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -84,6 +85,29 @@ pub fn gpu(seed: u64) -> Device {
         Device::Cuda(ordinal) => Device::Cuda(ordinal),
         _ => Device::Emulated(seed),
     }
+}
+
+pub fn stories() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/stories")
+}
+
+/// Writes the bytes of a number over one in a safetensors file.
+pub fn overwrite(file: &mut [u8], tensor: &str, index: usize, number: &[u8]) {
+    let header = u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let table: serde_json::Value = serde_json::from_slice(&file[8..8 + header]).unwrap();
+    let start = table[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+    let at = 8 + header + start + index * number.len();
+    file[at..at + number.len()].copy_from_slice(number);
+}
+
+/// Makes `dir` the folder of the embedded model with a NaN in the embedding of one token.
+pub fn with_nan(token: u32, dir: &Path) {
+    for name in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(stories().join(name), dir.join(name)).unwrap();
+    }
+    let mut bytes = std::fs::read(stories().join("model.safetensors")).unwrap();
+    overwrite(&mut bytes, "model.embed_tokens.weight", token as usize * 128, &half::bf16::NAN.to_le_bytes());
+    std::fs::write(dir.join("model.safetensors"), bytes).unwrap();
 }
 
 /// Routing by a router file, with settings of the caller's.

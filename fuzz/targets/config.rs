@@ -1,0 +1,3 @@
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(init: mindskip_fuzz::init(), |data: &[u8]| mindskip_fuzz::targets::config(data));
