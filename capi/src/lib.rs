@@ -4,6 +4,7 @@
 //! Every function reads its arguments by [`args`], works in safe code, and returns through [`failure::entry`], which keeps the
 //! text of an error and lets no panic out. Handles are numbers ([`handles`]), so a wrong one is an error and no more.
 #![allow(non_camel_case_types)]
+#![allow(clippy::missing_safety_doc)] // include/mindskip.h says what each function asks
 
 mod args;
 mod engine;

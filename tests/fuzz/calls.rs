@@ -240,6 +240,7 @@ impl Pool {
             batch: number(draw),
             rows: number(draw),
             chunk: number(draw),
+            kv_tokens: number(draw),
         }
     }
 
