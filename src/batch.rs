@@ -38,7 +38,8 @@ impl Request {
         Ok(Request { prompt, sampler, max_tokens: 256, eos: Vec::new(), stop: Vec::new() })
     }
 
-    fn turn(self, seq: Seq) -> Turn {
+    /// The same of an open sequence, without a batch.
+    pub fn turn(self, seq: Seq) -> Turn {
         let Request { prompt, sampler, max_tokens, eos, stop } = self;
         Turn { seq, prompt, history: Vec::new(), sampler, max_tokens, eos, stop }
     }

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use common::*;
 use mindskip::batch::{Batch, Event, Id, Request};
 use mindskip::bundle::Bundle;
-use mindskip::engine::{Engine, KvUsage, Options, Seq};
-use mindskip::generate::{Answer, Finish, Turn, generate};
+use mindskip::engine::{KvUsage, Options, Seq};
+use mindskip::generate::{Answer, Finish};
 use mindskip::model::Routing;
 use mindskip::router::{Granularity, Keys, RouterSettings, Select};
 use mindskip::sample::{Sampler, SamplerSettings};
@@ -56,17 +56,6 @@ fn request(number: u64) -> Request {
         eos: vec![7],
         ..Request::new(ids(1 + drawn[0] as usize % 55, VOCAB, number + 100)).unwrap()
     }
-}
-
-/// What a request comes to by itself, and what it holds then.
-fn alone(engine: &mut Engine, tokenizer: &Tokenizer, request: &Request) -> (Answer, KvUsage) {
-    let Request { prompt, sampler, max_tokens, eos, stop } = request.clone();
-    let seq = engine.open().unwrap();
-    let turn = Turn { seq, prompt, history: Vec::new(), sampler, max_tokens, eos, stop };
-    let (mut answers, _) = generate(engine, tokenizer, &mut [turn], &mut |_, _| ControlFlow::Continue(())).unwrap();
-    let usage = engine.kv_usage().unwrap();
-    engine.close(seq).unwrap();
-    (answers.remove(0), usage)
 }
 
 /// What came of the requests of a batch: each ends once, and its pieces are the text of its answer.

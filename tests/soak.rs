@@ -6,7 +6,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::sync::{Mutex, PoisonError};
 
 use common::*;
@@ -14,11 +13,10 @@ use mindskip::Kind;
 use mindskip::batch::{Batch, Event, Id, Request};
 use mindskip::bundle::Bundle;
 use mindskip::engine::{Engine, Options, Seq};
-use mindskip::generate::{self, Answer, Finish, Turn};
+use mindskip::generate::Finish;
 use mindskip::model::Routing;
 use mindskip::router::{Keys, RouterSettings};
 use mindskip::sample::{Sampler, SamplerSettings};
-use mindskip::tokenizer::Tokenizer;
 use sysinfo::{Pid, ProcessesToUpdate, System};
 
 const SEQUENCES: usize = 3;
@@ -127,15 +125,6 @@ fn request(number: u64) -> Request {
     }
 }
 
-fn alone(engine: &mut Engine, tokenizer: &Tokenizer, request: Request) -> Answer {
-    let Request { prompt, sampler, max_tokens, eos, stop } = request;
-    let seq = engine.open().unwrap();
-    let turn = Turn { seq, prompt, history: Vec::new(), sampler, max_tokens, eos, stop };
-    let made = generate::generate(engine, tokenizer, &mut [turn], &mut |_, _| ControlFlow::Continue(()));
-    engine.close(seq).unwrap();
-    made.unwrap().0.remove(0)
-}
-
 /// Requests arrive at random and are broken off at random; some are refused, as the queue is short or they cannot run, some give
 /// their pages back and begin again. Each of the others ends once, with the answer that it gets alone, and no page is left.
 #[test]
@@ -193,7 +182,7 @@ fn requests_that_come_and_go_lose_nothing() {
                 };
                 let wanted = open.remove(&id).expect("it ends once");
                 read += wanted.prompt.len();
-                let expected = alone(&mut lone, &tokenizer, wanted);
+                let (expected, _) = alone(&mut lone, &tokenizer, &wanted);
                 if answer.finish == Finish::Interrupted {
                     assert!(expected.tokens.starts_with(&answer.tokens), "{id:?} in round {round}");
                 } else {

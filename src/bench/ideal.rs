@@ -2,8 +2,7 @@
 
 use serde::Serialize;
 
-use super::run::GREEDY;
-use crate::backend::Rates;
+use crate::backend::{Draw, Rates};
 use crate::engine::Engine;
 use crate::error::Result;
 
@@ -31,15 +30,15 @@ pub fn ideal(engine: &mut Engine, rates: &Rates, texts: &[Text]) -> Result<Ideal
     for text in texts {
         sum.prefill += seconds(engine, rates, |engine| {
             let seq = engine.open()?;
-            engine.prefill_and_sample(&[(seq, text.ids)], &[GREEDY])?;
+            engine.prefill_and_sample(&[(seq, text.ids)], &[Draw::GREEDY])?;
             engine.close(seq)
         })?;
         let seq = engine.open()?;
         let (prompt, behind) = text.ids.split_at(text.prompt);
-        engine.prefill_and_sample(&[(seq, prompt)], &[GREEDY])?;
+        engine.prefill_and_sample(&[(seq, prompt)], &[Draw::GREEDY])?;
         sum.decode += seconds(engine, rates, |engine| {
             let mut decoded = behind.iter().take(text.decoded);
-            decoded.try_for_each(|&id| engine.decode_and_sample(&[(seq, id)], &[GREEDY]).map(drop))
+            decoded.try_for_each(|&id| engine.decode_and_sample(&[(seq, id)], &[Draw::GREEDY]).map(drop))
         })?;
         engine.close(seq)?;
     }

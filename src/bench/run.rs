@@ -33,9 +33,6 @@ const FILL: usize = 4096;
 /// Bytes that are passed over between two runs on a CPU, so that none finds in the caches what the one before left there.
 const EVICT: usize = 128 << 20;
 
-/// The best token.
-pub(super) const GREEDY: Draw = Draw { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, random: 0 };
-
 /// Tokens of a sequence at its end.
 pub(super) fn context(p: &Point) -> usize {
     p.depth + p.prompt + if p.generated > 0 { SETTLE + p.generated } else { 0 }
@@ -177,7 +174,7 @@ impl<'a> Bench<'a> {
             let steps: Vec<Vec<(Seq, u32)>> = (0..SETTLE + generated)
                 .map(|step| seqs.iter().zip(&inputs).map(|(&seq, ids)| (seq, ids[step])).collect())
                 .collect();
-            let greedy = vec![GREEDY; batch];
+            let greedy = vec![Draw::GREEDY; batch];
             for step in &steps[..SETTLE] {
                 self.engine.decode_and_sample(step, &greedy)?;
             }
@@ -204,7 +201,7 @@ impl<'a> Bench<'a> {
         let prompts: Vec<Vec<u32>> = (0..seqs.len()).map(|s| self.ids(s, from, n)).collect();
         let inputs: Vec<(Seq, &[u32])> = seqs.iter().copied().zip(prompts.iter().map(Vec::as_slice)).collect();
         let start = Instant::now();
-        self.engine.prefill_and_sample(&inputs, &vec![GREEDY; seqs.len()])?;
+        self.engine.prefill_and_sample(&inputs, &vec![Draw::GREEDY; seqs.len()])?;
         Ok(start.elapsed().as_secs_f64())
     }
 

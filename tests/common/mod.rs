@@ -6,13 +6,17 @@ pub mod emulator;
 pub mod mutate;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use mindskip::batch::Request;
 use mindskip::config::Config;
-use mindskip::engine::{Device, Engine, Options};
+use mindskip::engine::{Device, Engine, KvUsage, Options};
+use mindskip::generate::{Answer, generate};
 use mindskip::model::{Gates, Routing};
 use mindskip::router::{RouterSet, RouterSettings};
 use mindskip::tensor::DType;
+use mindskip::tokenizer::Tokenizer;
 use mindskip::weights::Weights;
 use safetensors::{Dtype, SafeTensors};
 
@@ -194,4 +198,14 @@ pub fn agree_to_the_bit(stories: impl Fn(Options) -> Option<Engine>) {
     let mut chunked = stories(Options { chunk: Some(7), ..options(1, 64) }).unwrap();
     let seq = chunked.open().unwrap();
     assert_bits("in chunks", chunked.prefill(&[(seq, &a)]).unwrap(), &alone);
+}
+
+/// What a request comes to by itself, and what it holds then.
+pub fn alone(engine: &mut Engine, tokenizer: &Tokenizer, request: &Request) -> (Answer, KvUsage) {
+    let seq = engine.open().unwrap();
+    let mut turns = [request.clone().turn(seq)];
+    let (mut answers, _) = generate(engine, tokenizer, &mut turns, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    let usage = engine.kv_usage().unwrap();
+    engine.close(seq).unwrap();
+    (answers.remove(0), usage)
 }

@@ -339,7 +339,7 @@ fn streams<S: Simd, E: Element, const M: usize, const N: usize>(
     stream::<S, E, M, 1>(simd, source, weight, cut..columns.end, out);
 }
 
-/// The columns in `N` parts that are read side by side, each in order.
+/// The columns in `N` equal parts that are read side by side, each in order.
 #[inline(always)]
 fn stream<S: Simd, E: Element, const M: usize, const N: usize>(
     simd: S,
@@ -356,15 +356,15 @@ fn stream<S: Simd, E: Element, const M: usize, const N: usize>(
         rows[m] = &source.row(m).as_chunks().0[..whole];
         tails[m] = tail(&source.row(m)[whole * LANES..]);
     }
-    let part = columns.len().div_ceil(N * LANES) * LANES;
-    for first in (columns.start..columns.start + part).step_by(LANES) {
+    let part = columns.len() / N;
+    for first in (0..part).step_by(LANES) {
+        let count = LANES.min(part - first);
         let mut acc = [[[V::splat(simd, 0.0); LANES]; M]; N];
-        for j in 0..LANES {
+        for j in 0..count {
             let mut w: [&[[E; LANES]]; N] = [&[]; N];
             let mut w_tails: [&[E]; N] = [&[]; N];
             for n in 0..N {
-                // Beyond the last column there is nothing to put.
-                let column = (first + n * part + j).min(columns.end - 1);
+                let column = columns.start + n * part + first + j;
                 let (blocks, rest) = weight[column * width..][..width].as_chunks();
                 (w[n], w_tails[n]) = (&blocks[..whole], rest);
             }
@@ -392,13 +392,10 @@ fn stream<S: Simd, E: Element, const M: usize, const N: usize>(
             }
         }
         for (n, acc) in acc.into_iter().enumerate() {
-            let first = first + n * part;
-            let count = LANES.min(columns.end.saturating_sub(first));
-            if count > 0 {
-                for (m, acc) in acc.into_iter().enumerate() {
-                    let values = out.finish::<S, LANES>(simd, sums(simd, acc), first, 0);
-                    out.put::<LANES>(m, first, &values.to_array(), count);
-                }
+            let column = columns.start + n * part + first;
+            for (m, acc) in acc.into_iter().enumerate() {
+                let values = out.finish::<S, LANES>(simd, sums(simd, acc), column, 0);
+                out.put::<LANES>(m, column, &values.to_array(), count);
             }
         }
     }
