@@ -7,7 +7,6 @@ use std::time::Duration;
 use criterion::Criterion;
 use mindskip::backend::AnyKind;
 use mindskip::bench::{OpBench, OpsPlan, Setting, Subject, shape};
-use mindskip::engine::{Device, Kernels, Precision};
 
 const SHAPE: &str = "smollm2-135m";
 /// A decode step, and a prompt.
@@ -22,17 +21,8 @@ fn main() {
         .measurement_time(Duration::from_millis(300))
         .without_plots();
     let mut criterion = quick.configure_from_args();
-    let setting = Setting {
-        device: Device::Auto,
-        dtype: None,
-        kv_dtype: None,
-        threads: None,
-        precision: Precision::F32,
-        kernels: Kernels::Auto,
-        memory: None,
-    };
     let subject = Subject::shape(SHAPE, shape(SHAPE).expect("a known shape"));
-    let plan = OpsPlan { subject, setting, rows: ROWS.to_vec(), context: 512, reps: 1 };
+    let plan = OpsPlan { subject, setting: Setting::default(), rows: ROWS.to_vec(), context: 512, reps: 1 };
     for rows in ROWS {
         let mut bench = OpBench::new(&plan, rows).unwrap_or_else(|e| panic!("{e}"));
         let mut group = criterion.benchmark_group(format!("{rows} rows"));

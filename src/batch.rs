@@ -18,6 +18,21 @@ use crate::step::Phase;
 use crate::tokenizer::Tokenizer;
 
 /// What is asked for: a [`Turn`] of a sequence that the batch opens and closes.
+///
+/// ```
+/// use mindskip::batch::Request;
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::generate::stream;
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let request = Request { max_tokens: 3, ..Request::new(tokenizer.encode("Tom had", true)?)? };
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let mut turns = [request.turn(engine.open()?)]; // without a batch
+/// assert_eq!(stream(&mut engine, &tokenizer, &mut turns).count(), 3);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Request {
     /// Tokens to read; at least one.
@@ -32,7 +47,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Greedy, 256 tokens, until the context is full.
+    /// Greedy, 256 tokens, until the context is full. Errors: none, as the sampler's settings are in range.
     pub fn new(prompt: Vec<u32>) -> Result<Request> {
         let sampler = Sampler::new(SamplerSettings::default())?;
         Ok(Request { prompt, sampler, max_tokens: 256, eos: Vec::new(), stop: Vec::new() })
@@ -61,6 +76,7 @@ pub struct Id(u64);
 pub enum Event {
     /// A piece that is certain, never empty: no broken characters, nothing of a stop text.
     Text(Id, String),
+    /// It has come to its end.
     Done(Id, Answer),
     /// It cannot go on, which is no matter of the others: Memory when it does not fit into the KV cache by itself, Numeric when
     /// its logits are not numbers, Format when its tokens cannot be decoded.
@@ -106,6 +122,34 @@ struct Job {
 ///     }
 /// }
 /// assert_eq!(answers, 3);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
+///
+/// Requests can be taken back:
+///
+/// ```
+/// use mindskip::batch::{Batch, Event, Id, Request};
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let prompt = tokenizer.encode("Tom had a", true)?;
+/// let engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let mut batch = Batch::new(engine, &tokenizer).queue(2);
+/// let first: Id = batch.submit(Request::new(prompt.clone())?)?;
+/// batch.submit(Request { max_tokens: 5, ..Request::new(prompt.clone())? })?;
+/// assert!(batch.submit(Request::new(prompt.clone())?).is_err(), "two are waiting");
+/// batch.step()?;
+/// assert_eq!((batch.running(), batch.waiting()), (1, 1), "a batch of one");
+/// assert!(batch.cancel(first)? && !batch.cancel(first)?);
+/// let is_it = |event: &Event| matches!(event, Event::Done(id, answer) if *id == first && answer.tokens.len() == 1);
+/// assert!(batch.step()?.iter().any(is_it));
+/// while !batch.is_idle() {
+///     batch.step()?;
+/// }
+/// assert_eq!((batch.timing().prompt_tokens, batch.engine().kv_usage()?.rows), (2 * prompt.len(), 0));
+/// assert_eq!(batch.kv_usage().rows, 8 * (2 * prompt.len() + 4), "in eight layers, at their ends");
 /// # Ok::<(), mindskip::Error>(())
 /// ```
 pub struct Batch {
@@ -166,7 +210,7 @@ impl Batch {
     }
 
     /// Ends a request where it is, waiting or running, and gives its pages back: what was made is its answer, which the next
-    /// step reports. False when it had ended before.
+    /// step reports. False when it had ended before. Errors: Device.
     pub fn cancel(&mut self, id: Id) -> Result<bool> {
         if let Some(at) = self.waiting.iter().position(|waiting| waiting.id == id) {
             let Waiting { request, run, .. } = self.waiting.remove(at).expect("found there");

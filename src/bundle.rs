@@ -20,6 +20,23 @@ use crate::weights::Weights;
 pub const EMBEDDED: &str = "stories";
 
 /// A model as it is on disk, or in the program: everything but the running.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::bundle::{Bundle, EMBEDDED};
+///
+/// let bundle = Bundle::load(EMBEDDED)?; // or a folder, or an id on the hub
+/// let ids = bundle.tokenizer()?.encode("Tom had", true)?;
+/// assert_eq!((bundle.bos(), bundle.eos(), ids[0]), (Some(0), &[0][..], 0));
+/// assert!(bundle.routers.is_some() && bundle.chat_template()?.is_none());
+///
+/// let folder = Bundle::open(Path::new("assets/stories"))?;
+/// assert_eq!(folder.weights.fingerprint(), bundle.weights.fingerprint());
+/// assert_eq!(folder.path("config.json"), Path::new("assets/stories/config.json"));
+/// assert_eq!(folder.file("config.json")?.as_deref(), bundle.file("config.json")?.as_deref());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Bundle {
     /// What to call it: `stories`, the folder's name, or `org/name`.
@@ -185,6 +202,16 @@ fn embedded_path(name: &str) -> PathBuf {
 }
 
 /// Where a model is.
+///
+/// ```
+/// use mindskip::bundle::Source;
+///
+/// assert_eq!(Source::find("stories")?, Source::Embedded);
+/// assert_eq!(Source::find("assets/stories")?, Source::Dir("assets/stories".into()));
+/// assert_eq!(Source::find("Qwen/Qwen3-0.6B")?, Source::Hub("Qwen/Qwen3-0.6B".parse()?));
+/// assert!(Source::find("model.gguf").is_err());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// In the program.
@@ -224,6 +251,15 @@ impl Source {
 }
 
 /// A model on the hub: `org/name`, at a branch, tag or commit when `@revision` follows.
+///
+/// ```
+/// use mindskip::bundle::HubId;
+///
+/// let id: HubId = "Qwen/Qwen3-0.6B@main".parse()?;
+/// assert_eq!((id.repo().as_str(), id.revision.as_deref()), ("Qwen/Qwen3-0.6B", Some("main")));
+/// assert!("../Qwen3-0.6B".parse::<HubId>().is_err());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubId {
     /// `org`

@@ -46,6 +46,15 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const NAME: &str = "chat template";
 
 /// One message of a conversation.
+///
+/// ```
+/// use mindskip::chat::Message;
+///
+/// let message = Message::new("user", "What is gravity?");
+/// let same: Message = serde_json::from_str(r#"{"role": "user", "content": "What is gravity?"}"#).unwrap();
+/// assert_eq!(message, same);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Message {
     /// `system`, `user`, `assistant`, or what else the template knows.
@@ -59,12 +68,27 @@ pub struct Message {
 }
 
 impl Message {
+    /// What somebody says, as text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Message {
         Message { role: role.into(), content: Json::String(content.into()), other: Map::new() }
     }
 }
 
 /// A chat template, compiled. May be used from any thread.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::chat::{ChatTemplate, Message};
+///
+/// let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>";
+/// let template = ChatTemplate::new("chat_template.jinja", source)?;
+/// let template = template.with_variables([("eos_token".into(), "</s>".into())]);
+/// let text = template.render(&[Message::new("user", "Hi")], true, &serde_json::Map::new())?;
+/// assert_eq!(text, "<user>Hi</s><assistant>");
+/// assert!(ChatTemplate::open(Path::new("assets/stories"))?.is_none(), "a base model has none");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct ChatTemplate {
     /// The file it is from, for messages.

@@ -39,7 +39,7 @@ impl Family {
     }
 
     /// Whether q and k are normalised per head before RoPE.
-    pub const fn qk_norm(self) -> bool {
+    pub(crate) const fn qk_norm(self) -> bool {
         matches!(self, Family::Qwen3)
     }
 }
@@ -74,6 +74,14 @@ pub enum Scaling {
 }
 
 /// Rotary position embedding: head dimensions i and i + head_dim/2 turn together by `position * inv_freq[i]` radians.
+///
+/// ```
+/// use mindskip::config::{Rope, Scaling};
+///
+/// let plain = Rope { theta: 10_000.0, scaling: Scaling::None };
+/// let stretched = Rope { scaling: Scaling::Linear { factor: 2.0 }, ..plain };
+/// assert_eq!((plain.inv_freq(4), stretched.inv_freq(4)), (vec![1.0, 0.01], vec![0.5, 0.005]));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rope {
     /// Base of the geometric series of wavelengths.
@@ -114,6 +122,20 @@ impl Rope {
 }
 
 /// The shape of a model, checked: every number is in range and they fit together.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::config::{Config, Family};
+///
+/// let bundle = Bundle::embedded()?;
+/// let config = Config::parse(&bundle.file("config.json")?.expect("it has one"))?;
+/// assert_eq!((config.family, config.layers, config.hidden), (Family::Llama, 8, 128));
+/// let layer = "model.layers.0.self_attn";
+/// bundle.weights.tensor(&format!("{layer}.q_proj.weight"), config.q_rows(), config.hidden)?;
+/// bundle.weights.tensor(&format!("{layer}.k_proj.weight"), config.kv_rows(), config.hidden)?;
+/// assert_eq!((config.q_rows(), config.kv_rows(), config.family.name()), (2 * 64, 64, "llama"));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// The architecture.

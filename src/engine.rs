@@ -25,12 +25,19 @@ use crate::tensor::DType;
 use crate::weights::Weights;
 
 /// What an engine runs on.
+///
+/// ```
+/// use mindskip::engine::Device;
+///
+/// assert_eq!(("cuda:1".parse(), "auto".parse()), (Ok(Device::Cuda(1)), Ok(Device::default())));
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Device {
     /// The first GPU when this build has kernels and the machine a driver, else the CPU.
     #[default]
     Auto,
+    /// The processor.
     Cpu,
     /// An NVIDIA GPU by its number.
     Cuda(usize),
@@ -71,7 +78,7 @@ impl FromStr for Device {
 ///     context: Some(1024),
 ///     ..Options::default()
 /// };
-/// # assert_eq!(options.batch, 1);
+/// assert_eq!((options.batch, options.rows), (1, None), "one sequence, its context in one go");
 /// ```
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -136,6 +143,16 @@ impl Options {
 
 /// What a device can do at best, measured there with products of weights in `dtype`, and what it calls itself.
 /// Errors: as of [`Engine::new`].
+///
+/// ```
+/// use mindskip::engine::{Device, Options, rates};
+/// use mindskip::tensor::DType;
+///
+/// let (device, rates) = rates(&Options { device: Device::Cpu, ..Options::default() }, DType::BF16)?;
+/// println!("{}: {:.0} GB/s, {:.0} GFLOP/s", device.name, rates.copy / 1e9, rates.product / 1e9);
+/// assert!(rates.copy > 1e7 && rates.product > 1e7);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
     let mut backend = open_backend(options, dtype, &mut None)?;
     let rates = backend.rates(dtype)?;
@@ -143,6 +160,15 @@ pub fn rates(options: &Options, dtype: DType) -> Result<(DeviceInfo, Rates)> {
 }
 
 /// To train on, in f32 throughout: of the options, what device and how many threads. Errors: as of [`Engine::new`].
+///
+/// ```
+/// use mindskip::engine::{Device, Options, training_backend};
+/// use mindskip::tensor::DType;
+///
+/// let backend = training_backend(&Options { device: Device::Cpu, threads: Some(2), ..Options::default() })?;
+/// assert_eq!((backend.info().activations, backend.info().kv), (DType::F32, DType::F32));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn training_backend(options: &Options) -> Result<Box<dyn TrainingBackend>> {
     let f32s =
         Options { dtype: Some(DType::F32), kv_dtype: Some(DType::F32), precision: Precision::F32, ..options.clone() };
@@ -237,6 +263,25 @@ struct Held {
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
 /// How one routed layer treated the last prompt.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, LayerTrace, Options};
+/// use mindskip::model::Routing;
+///
+/// let bundle = Bundle::embedded()?;
+/// let ids = bundle.tokenizer()?.encode("Tom had a red ball.", true)?;
+/// let routing = bundle.routers.map(Routing::routers);
+/// let mut engine = Engine::new(bundle.config, bundle.weights, routing, &Options::default())?;
+/// let seq = engine.open()?;
+/// engine.prefill(&[(seq, &ids)])?;
+/// for LayerTrace { layer, active, scores } in engine.trace()? {
+///     let threshold = 0.5;
+///     assert!(layer >= 3 && scores.len() == ids.len());
+///     assert_eq!(active, scores.iter().map(|&score| score >= threshold).collect::<Vec<_>>());
+/// }
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct LayerTrace {
     pub layer: usize,
@@ -290,6 +335,34 @@ impl AddAssign for KvUsage {
 /// assert_eq!(engine.position(dog), prompts[1].len() + 1);
 /// # Ok::<(), mindskip::Error>(())
 /// ```
+///
+/// What it is, what it holds and what it did:
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Activity, Device, Engine, KvUsage, Options};
+/// use mindskip::model::Routing;
+///
+/// let bundle = Bundle::embedded()?;
+/// let mut routers = bundle.routers.expect("it comes with some");
+/// routers.settings.keys = mindskip::router::Keys::Active;
+/// let (routing, options) = (Routing::routers(routers), Options { device: Device::Cpu, ..Options::default() });
+/// let mut engine = Engine::new(bundle.config, bundle.weights, Some(routing), &options)?;
+/// assert_eq!((engine.config().layers, engine.plan().routed), (8, 5));
+/// assert_eq!(engine.routing().map(|routing| &routing.layers[..]), Some(&[3, 4, 5, 6, 7][..]));
+/// assert!(engine.device().name.starts_with("cpu, ") && engine.fallback().is_none());
+///
+/// let seq = engine.open()?;
+/// engine.prefill(&[(seq, &[5; 100])])?;
+/// let Activity { tokens, active } = engine.activity()?.clone();
+/// let KvUsage { rows, dense_rows, .. } = engine.kv_usage()?;
+/// assert_eq!((tokens, rows as u64, dense_rows), (100, active.iter().sum(), 8 * 100));
+/// assert!(engine.meter().total().flops > 0 && engine.counters().launches == 0, "no GPU");
+/// engine.clear_counts()?;
+/// engine.close(seq)?;
+/// assert_eq!((engine.activity()?.tokens, engine.kv_usage()?.rows), (0, 0));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Engine {
     model: Model,
     state: State,
@@ -310,8 +383,8 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Plans the memory, loads the weights and allocates. Errors: Memory with the sizes when it does not fit; what
-    /// [`Weights::tensor`] refuses.
+    /// Plans the memory, loads the weights and allocates. Errors: Memory with the sizes when it does not fit; Device and Unsupported
+    /// when the device is not there; what [`Weights::tensor`] and [`RouterSet::check`](crate::router::RouterSet::check) refuse.
     pub fn new(config: Config, weights: Weights, routing: Option<Routing>, options: &Options) -> Result<Self> {
         let mut fallback = None;
         let mut backend: Box<dyn Backend> = open_backend(options, weights.main_dtype(), &mut fallback)?;
@@ -340,8 +413,8 @@ impl Engine {
     /// Routes otherwise from here on; None: not at all. Weights, plan and counts stay.
     ///
     /// Errors: Argument while a sequence is open, and for more routed layers than the engine was planned for; what
-    /// [`RouterSet::check`](crate::router::RouterSet::check) refuses; the routing is as before then. What
-    /// [`Model::load`] refuses of a routing; the model is dense then.
+    /// [`RouterSet::check`](crate::router::RouterSet::check) refuses; the routing is as before then. Argument for a layer that the model
+    /// does not have, or that has no router; the model is dense then.
     pub fn reroute(&mut self, routing: Option<Routing>) -> Result<()> {
         ensure!(self.open.iter().all(Option::is_none), Argument, "sequences are open: they were routed otherwise");
         let (planned, wanted) = (self.state.plan.routed, routing.as_ref().map_or(0, |r| r.layers.len()));
@@ -384,7 +457,7 @@ impl Engine {
         Ok(seq)
     }
 
-    /// Ends a sequence and gives its pages back. One that is not open here is left as it is.
+    /// Ends a sequence and gives its pages back. One that is not open here is left as it is. Errors: Device.
     pub fn close(&mut self, seq: Seq) -> Result<()> {
         if self.is_open(seq) {
             self.state.settle(self.backend.as_mut(), &self.model)?;
@@ -397,6 +470,22 @@ impl Engine {
 
     /// Remembers how far a sequence is: what follows can be given up by [`rewind`](Self::rewind), as often as one likes, so
     /// that several continuations share the K/V of what is before them. Errors: Argument for a closed sequence.
+    ///
+    /// ```
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::engine::{Engine, Mark, Options, Seq};
+    ///
+    /// let bundle = Bundle::embedded()?;
+    /// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+    /// let seq: Seq = engine.open()?;
+    /// engine.prefill(&[(seq, &[0, 17, 4])])?;
+    /// let mark: Mark = engine.mark(seq)?;
+    /// let first = engine.prefill(&[(seq, &[5, 6])])?.to_vec();
+    /// engine.rewind(mark)?;
+    /// assert_eq!(engine.position(seq), 3);
+    /// assert_eq!(engine.prefill(&[(seq, &[5, 6])])?, first);
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn mark(&mut self, seq: Seq) -> Result<Mark> {
         ensure!(self.is_open(seq), Argument, "a sequence that was closed, or is another engine's");
         self.state.settle(self.backend.as_mut(), &self.model)?;
@@ -443,6 +532,28 @@ impl Engine {
 
     /// [`prefill`](Self::prefill) that chooses the token behind each prompt on the device, as the draws say: one for each
     /// prompt. The logits stay there. Errors as in `prefill`, and Argument for a draw that is out of range.
+    ///
+    /// ```
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::engine::{Draw, Engine, Options};
+    /// use mindskip::sample::{Sampler, SamplerSettings};
+    ///
+    /// let bundle = Bundle::embedded()?;
+    /// let tokenizer = bundle.tokenizer()?;
+    /// let ids = tokenizer.encode("Once upon a", true)?;
+    /// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+    /// let seq = engine.open()?;
+    /// let mut token = engine.prefill_and_sample(&[(seq, &ids)], &[Draw::GREEDY])?[0];
+    /// assert_eq!(tokenizer.decode(&[token], true)?, " time");
+    /// let settings = SamplerSettings { temperature: 0.7, seed: 7, ..SamplerSettings::default() };
+    /// let mut sampler = Sampler::new(settings)?;
+    /// for _ in 0..8 {
+    ///     token = engine.decode_and_sample(&[(seq, token)], &[sampler.draw()])?[0];
+    ///     print!("{}", tokenizer.decode(&[token], true)?);
+    /// }
+    /// assert_eq!(engine.position(seq), ids.len() + 8);
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn prefill_and_sample(&mut self, prompts: &[(Seq, &[u32])], draws: &[Draw]) -> Result<&[u32]> {
         self.step(Phase::Prefill, prompts, Some(draws))?;
         Ok(&self.tokens)
@@ -553,6 +664,20 @@ impl Engine {
     /// After [`prefill`](Self::prefill) of one sequence: the natural log-probability of `targets[i]` behind its i-th
     /// token, for as many tokens as targets are given. Errors as in [`logprobs_at`](Self::logprobs_at), and Argument when
     /// there were several sequences.
+    ///
+    /// ```
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::engine::{Engine, Options};
+    ///
+    /// let bundle = Bundle::embedded()?;
+    /// let ids = bundle.tokenizer()?.encode("Once upon a time", true)?;
+    /// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+    /// let seq = engine.open()?;
+    /// engine.prefill(&[(seq, &ids)])?;
+    /// let logprobs = engine.logprobs(&ids[1..])?; // of each token behind those before it
+    /// assert!(logprobs[2..].iter().all(|logprob| logprob.exp() > 0.5), "{logprobs:?}");
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn logprobs(&mut self, targets: &[u32]) -> Result<Vec<f32>> {
         let sequences = self.state.sequences();
         ensure!(sequences == 1, Argument, "targets of one sequence, the last step had {sequences}");
@@ -579,6 +704,22 @@ impl Engine {
 
     /// Lets `watch` see how far each prefill is, and stop it: the prefill then fails as Interrupted, with the sequences as
     /// before.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    ///
+    /// use mindskip::Kind;
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::engine::{Engine, Options};
+    ///
+    /// let bundle = Bundle::embedded()?;
+    /// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+    /// engine.watch(|done| if done > 0.5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) });
+    /// let seq = engine.open()?;
+    /// assert_eq!(engine.prefill(&[(seq, &[1; 100])]).unwrap_err().kind(), Kind::Interrupted);
+    /// assert_eq!(engine.position(seq), 0);
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn watch(&mut self, watch: impl Fn(f64) -> ControlFlow<()> + Send + Sync + 'static) {
         self.state.watch = Some(Box::new(watch));
     }
@@ -614,13 +755,13 @@ impl Engine {
         Ok(traces)
     }
 
-    /// How much of the depth was used so far.
+    /// How much of the depth was used so far. Errors: Device.
     pub fn activity(&mut self) -> Result<&Activity> {
         self.state.settle(self.backend.as_mut(), &self.model)?;
         Ok(&self.state.activity)
     }
 
-    /// Starts [`activity`](Self::activity) and the [`meter`](Self::meter) anew.
+    /// Starts [`activity`](Self::activity) and the [`meter`](Self::meter) anew. Errors: Device.
     pub fn clear_counts(&mut self) -> Result<()> {
         self.state.settle(self.backend.as_mut(), &self.model)?;
         self.state.activity.clear();
@@ -628,7 +769,7 @@ impl Engine {
         Ok(())
     }
 
-    /// K/V held by the open sequences, and what the dense model would hold.
+    /// K/V held by the open sequences, and what the dense model would hold. Errors: Device.
     pub fn kv_usage(&mut self) -> Result<KvUsage> {
         let mut usage = KvUsage::default();
         for seq in self.open.clone().into_iter().flatten() {
@@ -688,18 +829,22 @@ impl Engine {
         if self.is_open(seq) { self.positions[seq.slot.index()] } else { 0 }
     }
 
+    /// The shape of its model.
     pub fn config(&self) -> &Config {
         &self.model.config
     }
 
+    /// How it is routed; None: dense.
     pub fn routing(&self) -> Option<&Routing> {
         self.model.routing.as_ref()
     }
 
+    /// The memory that it takes, with its limits.
     pub fn plan(&self) -> &MemoryPlan {
         &self.state.plan
     }
 
+    /// What it runs on.
     pub fn device(&self) -> &DeviceInfo {
         self.backend.info()
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+/// What fails here fails with an [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What went wrong, for callers that react to it. The text of [`Error`] is for people.
@@ -37,6 +38,19 @@ const SHOWN: usize = 1000;
 /// An error that names the operation, the cause and the next action.
 ///
 /// Displayed on one line: `path: cause (while op); action`.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::{Error, Kind};
+///
+/// let error = Error::new(Kind::Format, "no field `gold`").at("a.jsonl").during("reading line 3").action("add it");
+/// assert_eq!(error.to_string(), "a.jsonl: no field `gold` (while reading line 3); add it");
+/// assert_eq!((error.kind(), error.path()), (Kind::Format, Some(Path::new("a.jsonl"))));
+///
+/// let error = std::fs::read("b.jsonl").map_err(|e| Error::io("b.jsonl", e)).unwrap_err();
+/// assert!(error.kind() == Kind::Io && error.to_string().ends_with("; check the path"));
+/// ```
 #[derive(Clone, PartialEq, Eq)]
 pub struct Error(Box<Inner>);
 
@@ -50,6 +64,7 @@ struct Inner {
 }
 
 impl Error {
+    /// An error that names no file, operation or action yet.
     pub fn new(kind: Kind, cause: impl Into<String>) -> Self {
         Error(Box::new(Inner { kind, cause: cause.into(), op: None, path: None, action: None }))
     }
@@ -82,6 +97,7 @@ impl Error {
         self
     }
 
+    /// What went wrong, to react to.
     pub fn kind(&self) -> Kind {
         self.0.kind
     }

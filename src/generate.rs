@@ -12,6 +12,27 @@ use crate::tokenizer::{TextStream, Tokenizer};
 
 /// What one sequence is asked for. The sequence stays open afterwards: a further turn with the same [`Seq`] goes on from
 /// there.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::generate::{Answer, Finish, Timing, Turn, generate};
+/// use mindskip::sample::{Sampler, SamplerSettings};
+///
+/// let bundle = Bundle::embedded()?;
+/// let (tokenizer, eos) = (bundle.tokenizer()?, bundle.eos().to_vec());
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let prompt = tokenizer.encode("Tom had a red ball.", true)?;
+/// let sampler = Sampler::new(SamplerSettings { temperature: 0.5, seed: 1, ..SamplerSettings::default() })?;
+/// let turn = Turn { sampler, eos, stop: vec![".".into()], ..Turn::new(engine.open()?, prompt)? };
+/// let (answers, timing): (Vec<Answer>, Timing) =
+///     generate(&mut engine, &tokenizer, &mut [turn], &mut |_, _| std::ops::ControlFlow::Continue(()))?;
+/// assert_eq!((answers[0].finish, answers[0].finish.name()), (Finish::Stop, "stop"));
+/// assert!(answers[0].text.len() > 5 && !answers[0].text.contains('.'));
+/// assert_eq!(timing.decoded_tokens + 1, answers[0].tokens.len());
+/// assert!(timing.prefill_rate() > 0.0 && timing.decode_rate() > 0.0);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Turn {
     pub seq: Seq,
     /// Tokens to read first; at least one.
@@ -28,7 +49,8 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// A prompt for a new sequence: greedy, 256 tokens, until the context is full.
+    /// A prompt for a new sequence: greedy, 256 tokens, until the context is full. Errors: none, as the sampler's settings are in
+    /// range.
     pub fn new(seq: Seq, prompt: Vec<u32>) -> Result<Turn> {
         let sampler = Sampler::new(SamplerSettings::default())?;
         Ok(Turn { seq, prompt, history: Vec::new(), sampler, max_tokens: 256, eos: Vec::new(), stop: Vec::new() })
@@ -38,6 +60,7 @@ impl Turn {
 /// What became of a [`Turn`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
+    /// Without what ended it.
     pub text: String,
     /// The tokens that were made, without the one that ended it.
     pub tokens: Vec<u32>,
@@ -62,6 +85,7 @@ pub enum Finish {
 }
 
 impl Finish {
+    /// In lower case: `eos`, `length`.
     pub const fn name(self) -> &'static str {
         match self {
             Finish::Eos => "eos",
@@ -155,13 +179,13 @@ pub fn generate(
 /// ```
 /// use mindskip::bundle::Bundle;
 /// use mindskip::engine::{Engine, Options};
-/// use mindskip::generate::{Turn, stream};
+/// use mindskip::generate::{Stream, Turn, stream};
 ///
 /// let bundle = Bundle::embedded()?;
 /// let tokenizer = bundle.tokenizer()?;
 /// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
 /// let mut turns = [Turn { max_tokens: 8, ..Turn::new(engine.open()?, tokenizer.encode("Tom had a", true)?)? }];
-/// let mut pieces = stream(&mut engine, &tokenizer, &mut turns);
+/// let mut pieces: Stream = stream(&mut engine, &tokenizer, &mut turns);
 /// let first = pieces.by_ref().take(3).map(|piece| Ok(piece?.1)).collect::<mindskip::Result<String>>()?;
 /// let (answers, _) = pieces.finish()?;
 /// assert_eq!(answers[0].tokens.len(), 3);

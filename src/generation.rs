@@ -7,6 +7,16 @@ use crate::error::{Error, Kind, Result};
 use crate::sample::SamplerSettings;
 
 /// The file's content. What it leaves out is transformers' default.
+///
+/// ```
+/// use mindskip::generation::GenerationConfig;
+///
+/// let config = GenerationConfig::parse(br#"{"do_sample": true, "temperature": 0.6, "eos_token_id": [1, 2]}"#)?;
+/// let settings = config.settings(7);
+/// assert_eq!((settings.temperature, settings.top_k, settings.seed), (0.6, Some(50), 7));
+/// assert_eq!(config.eos, [1, 2]);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct GenerationConfig {
     /// Whether to sample; otherwise greedy.

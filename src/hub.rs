@@ -40,6 +40,15 @@ const INDEX: &str = "model.safetensors.index.json";
 const BAR: &str = "{msg} {wide_bar} {decimal_bytes} of {decimal_total_bytes}, {decimal_bytes_per_sec}, {eta}";
 
 /// How to get at models on the hub.
+///
+/// ```no_run
+/// use mindskip::bundle::Bundle;
+/// use mindskip::hub::Hub;
+///
+/// let folder = Hub::from_env().fetch(&"HuggingFaceTB/SmolLM2-135M-Instruct".parse()?)?;
+/// assert_eq!(Bundle::open(&folder)?.config.layers, 30);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Hub {
     endpoint: String,

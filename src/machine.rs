@@ -4,6 +4,14 @@ use fearless_simd::Level;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 /// What `mindskip doctor` tells and the memory planner counts on.
+///
+/// ```
+/// use mindskip::machine::Machine;
+///
+/// let machine = Machine::look();
+/// assert!(machine.threads >= 1 && machine.memory_free <= machine.memory_total);
+/// println!("{}, {} threads, {}", machine.cpu, machine.threads, machine.instructions);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Machine {
     /// The processor's own name.
@@ -19,6 +27,7 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// This machine, as it is now.
     pub fn look() -> Machine {
         let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
         let cpu = system.cpus().first().map(|cpu| cpu.brand().trim().to_owned()).filter(|name| !name.is_empty());

@@ -10,12 +10,26 @@ use crate::tensor::DType;
 /// How much memory a run may take.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Budget {
+    /// So many.
     Bytes(u64),
     /// Of what the device has free, from 0 to 1.
     Share(f64),
 }
 
 /// How large a run may become; the knobs of the plan.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::memory::Limits;
+///
+/// let bundle = Bundle::embedded()?;
+/// let options = Options { batch: 4, rows: Some(64), ..Options::default() };
+/// let Limits { context, batch, rows, .. } =
+///     Engine::plan_for(&bundle.config, &bundle.weights, None, &options)?.limits;
+/// assert_eq!((context, batch, rows), (512, 4, 64), "the context is what the model was made for");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Limits {
     /// Tokens of one sequence, prompt and answer together.
@@ -41,7 +55,7 @@ impl Limits {
 
 /// What routing means for the memory of a run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Routed {
+pub(crate) struct Routed {
     /// Routed layers: their logits and active rows are kept.
     pub layers: usize,
     /// Of these, the layers whose skipped rows write no K/V.
@@ -53,60 +67,78 @@ pub struct Routed {
 #[derive(Debug, Clone, Copy)]
 pub struct Buffers {
     /// `[R, hidden]`, f32: the residual stream
-    pub x: Mat,
+    pub(crate) x: Mat,
     /// `[R, head_dim]`, f32: cosines and sines of each row's position
-    pub angles: Mat,
+    pub(crate) angles: Mat,
     /// `[Lr·R, 1]`, f32: router logits by layer, those of a step together; kept so that a trace can read them afterwards
-    pub gate: Mat,
+    pub(crate) gate: Mat,
     /// `[C, hidden]`: normalised rows
-    pub h: Mat,
+    pub(crate) h: Mat,
     /// `[C, heads·head_dim]`
-    pub q: Mat,
+    pub(crate) q: Mat,
     /// `[C, kv_heads·head_dim]`
-    pub k: Mat,
-    pub v: Mat,
+    pub(crate) k: Mat,
+    pub(crate) v: Mat,
     /// `[C, heads·head_dim]`
-    pub attn: Mat,
+    pub(crate) attn: Mat,
     /// `[C, intermediate]`; lies over q, k, v, attn, which are dead by then
-    pub act: Mat,
+    pub(crate) act: Mat,
     /// [max(S, HEAD_ROWS), vocab], f32
-    pub logits: Mat,
+    pub(crate) logits: Mat,
     /// `[logits rows, 1]`, f32
-    pub logprobs: Mat,
+    pub(crate) logprobs: Mat,
     /// `[R]`
-    pub ids: Ints,
-    pub pos: Ints,
-    pub row_slot: Ints,
+    pub(crate) ids: Ints,
+    pub(crate) pos: Ints,
+    pub(crate) row_slot: Ints,
     /// `[R]`: 0, 1, 2, …
-    pub all: Ints,
+    pub(crate) all: Ints,
     /// `[S + 1]`
-    pub seq_start: Ints,
+    pub(crate) seq_start: Ints,
     /// `[S]`
-    pub slots: Ints,
+    pub(crate) slots: Ints,
     /// `[cuts]`
-    pub cuts: Ints,
+    pub(crate) cuts: Ints,
     /// `[L·S]`: sequence-level decisions
-    pub decided: Ints,
+    pub(crate) decided: Ints,
     /// `[L·cuts]`: active rows below each cut
-    pub active_at: Ints,
+    pub(crate) active_at: Ints,
     /// [(Lr + 1)·R]: active rows by routed layer; the last is for dense layers
-    pub active: Ints,
+    pub(crate) active: Ints,
     /// `[R]`
-    pub first: Ints,
-    pub end: Ints,
-    pub kv_row: Ints,
+    pub(crate) first: Ints,
+    pub(crate) end: Ints,
+    pub(crate) kv_row: Ints,
     /// `[logits rows]`: the rows whose logits are wanted, and the tokens to score them for
-    pub head_rows: Ints,
-    pub targets: Ints,
+    pub(crate) head_rows: Ints,
+    pub(crate) targets: Ints,
     /// `[S · Draw::WORDS]`, and the tokens that were chosen, `[S]`
-    pub draws: Ints,
-    pub tokens: Ints,
+    pub(crate) draws: Ints,
+    pub(crate) tokens: Ints,
 }
 
 /// Logits computed at a time when every position of a prompt is scored: enough rows to read the head's weight once for many.
 const HEAD_ROWS: usize = 64;
 
 /// What a run takes, in bytes, and where its buffers stand.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::memory::{Buffers, MemoryPlan, Size};
+///
+/// let bundle = Bundle::embedded()?;
+/// let options = Options { batch: 4, context: Some(256), ..Options::default() };
+/// let plan: MemoryPlan = Engine::plan_for(&bundle.config, &bundle.weights, None, &options)?;
+/// assert_eq!((plan.limits.context, plan.kv_tokens(0, 1.0)), (256, Some(4 * 256)));
+/// assert_eq!(plan.kv_tokens(4, 0.5), Some(4 * 256 * 8 / 6), "four of eight layers hold half");
+/// assert_eq!(plan.total(), plan.weights + plan.activations() + plan.kv_bytes());
+///
+/// let buffers: Buffers = plan.buffers;
+/// assert!(buffers.list().iter().map(|(_, bytes)| *bytes as u64).sum::<u64>() <= plan.activations());
+/// buffers.list().iter().for_each(|(name, bytes)| println!("{name}: {}", Size(*bytes as u64)));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct MemoryPlan {
     pub limits: Limits,
@@ -132,7 +164,7 @@ impl MemoryPlan {
     ///
     /// Errors: Argument for limits that make no sense; Memory when it does not fit, with the
     /// sizes and the knobs.
-    pub fn new(config: &Config, routed: Routed, weights: u64, limits: Limits, be: &dyn Backend) -> Result<Self> {
+    pub(crate) fn new(config: &Config, routed: Routed, weights: u64, limits: Limits, be: &dyn Backend) -> Result<Self> {
         let device = be.info();
         let Limits { context, batch, rows, chunk, kv_tokens, memory } = limits;
         let kv_tokens = kv_tokens.unwrap_or(context);
@@ -231,6 +263,7 @@ impl MemoryPlan {
         self.arena + self.ints + self.workspace
     }
 
+    /// Bytes of everything together.
     pub fn total(&self) -> u64 {
         self.weights.saturating_add(self.activations()).saturating_add(self.kv_bytes())
     }
@@ -380,6 +413,10 @@ impl Buffers {
 }
 
 /// A number of bytes, for people.
+///
+/// ```
+/// assert_eq!(mindskip::memory::Size(3 << 29).to_string(), "1.5 GiB");
+/// ```
 pub struct Size(pub u64);
 
 impl fmt::Display for Size {
@@ -400,6 +437,14 @@ impl fmt::Display for Size {
 }
 
 /// Parses a size, or a share of what is free: "90%".
+///
+/// ```
+/// use mindskip::memory::{Budget, parse_budget};
+///
+/// assert_eq!(parse_budget("1.5G")?, Budget::Bytes(3 << 29));
+/// assert_eq!(parse_budget("80%")?, Budget::Share(0.8));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn parse_budget(text: &str) -> Result<Budget> {
     let Some(percent) = text.trim().strip_suffix('%') else { return parse_size(text).map(Budget::Bytes) };
     match percent.trim().parse() {
@@ -409,7 +454,7 @@ pub fn parse_budget(text: &str) -> Result<Budget> {
 }
 
 /// Parses "8GiB", "500M", "2g" or a plain number of bytes; K, M, G, T are powers of 1024.
-pub fn parse_size(text: &str) -> Result<u64> {
+fn parse_size(text: &str) -> Result<u64> {
     let bad = || {
         Error::new(Kind::Argument, format!("\"{text}\" is not a size"))
             .action("write bytes, or a number with K, M, G or T: 8G")

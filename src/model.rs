@@ -16,7 +16,7 @@ use crate::weights::Weights;
 
 /// A decoder-only language model whose weights a backend holds.
 #[derive(Debug)]
-pub struct Model {
+pub(crate) struct Model {
     pub config: Config,
     pub routing: Option<Routing>,
     /// `[vocab, hidden]`
@@ -79,10 +79,34 @@ enum Norm {
 }
 
 /// Which layers are routed, how, and by what.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::model::{Gates, Routing};
+/// use mindskip::router::{LayerSpec, RouterSettings};
+///
+/// let bundle = Bundle::embedded()?;
+/// let trained = Routing::routers(bundle.routers.expect("it comes with some"));
+/// assert_eq!(trained.layers, [3, 4, 5, 6, 7]);
+///
+/// // Without routers: three of ten tokens pass the MLPs of the upper half, whichever they are.
+/// let settings = RouterSettings { granularity: "mlp_token".parse()?, ..RouterSettings::default() };
+/// let layers = LayerSpec::Last(4).resolve(bundle.config.layers)?;
+/// let random = Routing { settings, layers, gates: Gates::Random { capacity: 0.3, seed: 1 } };
+/// let mut engine = Engine::new(bundle.config, bundle.weights, Some(random), &Options::default())?;
+/// let seq = engine.open()?;
+/// engine.prefill(&[(seq, &[1; 500])])?;
+/// let activity = engine.activity()?;
+/// assert!((activity.mean_capacity(&[3, 4, 5, 6]) - 0.3).abs() < 0.05);
+/// assert_eq!(activity.capacity(7), 1.0);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Routing {
+    /// What is skipped, and how.
     pub settings: RouterSettings,
-    /// Ascending.
+    /// The routed layers, ascending.
     pub layers: Vec<usize>,
     pub gates: Gates,
 }

@@ -88,7 +88,18 @@ impl Pen {
     }
 }
 
-/// Draws charts, one below the other.
+/// Draws charts, one below the other: the text of an SVG. Errors: Argument when one cannot be drawn.
+///
+/// ```
+/// use mindskip::plot::{Chart, Line, Pen, lines};
+///
+/// let line = |name: &str, pen, end| Line { name: name.into(), points: vec![(0.0, 1.0), (1.0, end)], pen };
+/// let drawn = vec![line("dense", Pen::Base, 1.0), line("attn_token", Pen::Main, 1.3)];
+/// let chart = Chart { title: "speedup".into(), lines: drawn, from_zero: true, ..Chart::default() };
+/// let svg = lines(&[chart.clone(), chart])?;
+/// assert_eq!(svg.matches("attn_token").count(), 2, "in both legends");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn lines(charts: &[Chart]) -> Result<String> {
     draw(charts.len(), |n, area| {
         let chart = &charts[n];
@@ -124,7 +135,22 @@ pub fn lines(charts: &[Chart]) -> Result<String> {
     })
 }
 
-/// Draws bars.
+/// Draws bars: the text of an SVG. Errors: Argument when they cannot be drawn.
+///
+/// ```
+/// use mindskip::plot::{Bars, bars};
+///
+/// let chart = Bars {
+///     title: "what a layer adds to the loss".into(),
+///     x: "layer".into(),
+///     y: "loss".into(),
+///     bars: vec![(7.25, false), (0.1, true)],
+///     names: ["routed".into(), "not routed".into()],
+///     top: 1.0,
+/// };
+/// assert!(bars(&chart)?.contains("7.25"), "the first bar is higher than the chart");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn bars(chart: &Bars) -> Result<String> {
     draw(1, |_, area| {
         let styles = [RGBColor(20, 90, 190), RGBColor(190, 190, 190)].map(|colour| colour.filled());
@@ -150,6 +176,16 @@ pub fn bars(chart: &Bars) -> Result<String> {
 }
 
 /// Writes a drawing, all or nothing. Errors: Io.
+///
+/// ```
+/// use mindskip::plot::{Chart, lines, save};
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let (svg, path) = (lines(&[Chart::default()])?, folder.path().join("chart.svg"));
+/// save(&svg, &path)?;
+/// assert_eq!(std::fs::read_to_string(&path).unwrap(), svg);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn save(svg: &str, path: &Path) -> Result<()> {
     files::write_atomically(path, |file| file.write_all(svg.as_bytes()))
 }

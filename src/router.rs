@@ -25,7 +25,16 @@ macro_rules! named {
         pub enum $name { $($(#[$vdoc])* $variant),+ }
 
         impl $name {
-            /// Every value.
+            /// Every value; each is parsed from its name.
+            ///
+            /// ```
+            #[doc = concat!("use ", module_path!(), "::", stringify!($name), ";")]
+            ///
+            #[doc = concat!("for value in ", stringify!($name), "::ALL {")]
+            ///     assert_eq!(value.name().parse(), Ok(*value));
+            /// }
+            #[doc = concat!("assert!(\"\".parse::<", stringify!($name), ">().is_err());")]
+            /// ```
             pub const ALL: &'static [$name] = &[$($name::$variant),+];
 
             /// As it is written in files and on the command line.
@@ -98,6 +107,14 @@ named! {
 }
 
 /// Target and level, written `attn_token`.
+///
+/// ```
+/// use mindskip::router::{Granularity, Level, Target};
+///
+/// let granularity = Granularity { target: Target::Block, level: Level::Sequence };
+/// assert_eq!("block_sequence".parse(), Ok(granularity));
+/// assert_eq!(Granularity::NAMES[5], granularity.to_string());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Granularity {
     /// What a skip leaves out.
@@ -128,6 +145,15 @@ impl FromStr for Granularity {
 }
 
 /// How the scores of the routers are used.
+///
+/// ```
+/// use mindskip::router::{Keys, RouterSettings, Select};
+///
+/// let paper = RouterSettings::default(); // attn_token, keys all, threshold 0.5
+/// assert!(paper.keeps_kv() && !RouterSettings { keys: Keys::Active, ..paper }.keeps_kv());
+/// let mixture = RouterSettings { select: Select::TopK, capacity: 0.125, ..paper };
+/// assert!(mixture.check().is_ok() && RouterSettings { capacity: 0.0, ..mixture }.check().is_err());
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RouterSettings {
     /// What is skipped, and what decides together.
@@ -177,6 +203,16 @@ impl RouterSettings {
 }
 
 /// What a user asks to be different from what a router file says.
+///
+/// ```
+/// use mindskip::router::{Overrides, RouterSettings};
+///
+/// let stricter = Overrides { threshold: Some(0.7), ..Overrides::default() };
+/// let settings = stricter.apply(RouterSettings::default())?;
+/// assert_eq!(settings, RouterSettings { threshold: 0.7, ..RouterSettings::default() });
+/// assert!(Overrides { threshold: Some(1.1), ..stricter }.apply(settings).is_err());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[allow(missing_docs)] // the fields of RouterSettings
 pub struct Overrides {
@@ -205,14 +241,25 @@ impl Overrides {
 /// Trained routers and how to use them.
 ///
 /// ```
-/// use mindskip::bundle::Bundle;
-/// use mindskip::router::{Keys, Overrides};
+/// use std::path::Path;
 ///
-/// let mut routers = Bundle::embedded()?.routers.expect("it comes with some");
+/// use mindskip::bundle::Bundle;
+/// use mindskip::router::{Keys, Overrides, RouterSet};
+///
+/// let mut routers = RouterSet::open(Path::new("assets/stories/routers.safetensors"))?;
+/// let bundle = Bundle::embedded()?;
+/// routers.check(&bundle.config, &bundle.weights.fingerprint())?;
 /// routers.apply(&Overrides { keys: Some(Keys::Active), threshold: Some(0.4), ..Overrides::default() })?;
 /// routers.keep(&[3, 5])?;
 /// routers.thresholds.insert(5, 0.7);
 /// assert_eq!((routers.threshold(3), routers.threshold(5)), (0.4, 0.7));
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("two.safetensors");
+/// routers.save(&path)?;
+/// let (saved, bytes) = (RouterSet::open(&path)?, routers.to_bytes());
+/// assert_eq!((saved.settings.keys, saved.threshold(5), &saved.weights), (Keys::Active, 0.7, &routers.weights));
+/// assert_eq!(RouterSet::from_bytes(&path, mindskip::tensor::Bytes::new(bytes))?, saved);
 /// # Ok::<(), mindskip::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
@@ -487,6 +534,15 @@ struct Published {
 }
 
 /// Which layers are routed, as a user writes it: `last:N`, `auto:N`, `all`, `3-9`, `1,2,5`.
+///
+/// ```
+/// use mindskip::router::LayerSpec;
+///
+/// assert_eq!("last:3".parse::<LayerSpec>()?.resolve(8)?, [4, 5, 6]);
+/// assert_eq!("1,5-7".parse(), Ok(LayerSpec::List(vec![1, 5, 6, 7])));
+/// assert!("3-9".parse::<LayerSpec>()?.resolve(8).is_err(), "there is no layer 8");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LayerSpec {
     /// The N layers before the final one, which is never routed; as in the paper.

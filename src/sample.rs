@@ -13,6 +13,15 @@ use crate::backend::cpu::Chooser;
 use crate::error::{Error, Kind, Result, check_range, ensure};
 
 /// How tokens are chosen. The default is greedy.
+///
+/// ```
+/// use mindskip::sample::SamplerSettings;
+///
+/// let settings = SamplerSettings { temperature: 0.7, top_p: 0.95, seed: 7, ..SamplerSettings::default() };
+/// assert!(settings.check().is_ok());
+/// let error = SamplerSettings { top_p: 1.5, ..settings }.check().unwrap_err();
+/// assert!(error.to_string().starts_with("top_p is 1.5; give"));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SamplerSettings {
     /// Logits are divided by it; 0: the best token, always, and nothing below but the penalty matters.
@@ -63,7 +72,17 @@ impl SamplerSettings {
 /// let mut greedy = Sampler::new(SamplerSettings::default())?;
 /// assert_eq!(greedy.sample(&[0.1, 2.5, -1.0], &[])?, 1);
 /// let penalty = SamplerSettings { repetition_penalty: 30.0, ..SamplerSettings::default() };
-/// assert_eq!(Sampler::new(penalty)?.sample(&[0.1, 2.5, -1.0], &[1])?, 0);
+/// let mut sampler = Sampler::new(penalty)?;
+/// assert!(sampler.needs_logits() && !greedy.needs_logits());
+/// assert_eq!(sampler.sample(&[0.1, 2.5, -1.0], &[1])?, 0);
+///
+/// // For a device: the random numbers of the fourth sequence of a batch are its own, and the same every time.
+/// let settings = SamplerSettings { temperature: 1.0, seed: 7, ..SamplerSettings::default() };
+/// let mut fourth = Sampler::for_sequence(settings, 3)?;
+/// let draws = [fourth.draw(), fourth.draw()];
+/// assert_ne!(draws[0], draws[1]);
+/// assert_eq!(Sampler::for_sequence(settings, 3)?.draw(), draws[0]);
+/// assert_ne!(Sampler::for_sequence(settings, 4)?.draw(), draws[0]);
 /// # Ok::<(), mindskip::Error>(())
 /// ```
 #[derive(Debug, Clone)]

@@ -36,7 +36,14 @@ struct SeqRows {
     end: usize,
 }
 
-/// How much of the depth was used, since the engine was built or [`Activity::clear`].
+/// How much of the depth was used, since the engine was built or [`Engine::clear_counts`](crate::engine::Engine::clear_counts).
+///
+/// ```
+/// use mindskip::engine::Activity;
+///
+/// let activity = Activity { tokens: 10, active: vec![10, 4, 6] }; // as Engine::activity gives it
+/// assert_eq!((activity.capacity(1), activity.mean_capacity(&[1, 2])), (0.4, 0.5));
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Activity {
     /// Tokens that were processed.
@@ -46,7 +53,7 @@ pub struct Activity {
 }
 
 impl Activity {
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.tokens = 0;
         self.active.fill(0);
     }

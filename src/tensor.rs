@@ -8,10 +8,21 @@ use std::sync::Arc;
 use crate::error::{Error, Kind, Result, ensure};
 
 /// How an element is stored.
+///
+/// ```
+/// use mindskip::tensor::DType;
+///
+/// let dtype: DType = "bf16".parse()?;
+/// assert_eq!((dtype, dtype.size(), dtype.name()), (DType::BF16, 2, "BF16"));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// 4 bytes.
     F32,
+    /// IEEE's 16 bits.
     F16,
+    /// The upper 16 bits of an f32.
     BF16,
 }
 
@@ -56,6 +67,15 @@ impl FromStr for DType {
 }
 
 /// A range of bytes kept alive by its owner: a mapped file, an embedded asset, a vector. Cloning shares.
+///
+/// ```
+/// use mindskip::tensor::Bytes;
+///
+/// let whole = Bytes::new(vec![1, 2, 3, 4]);
+/// let part = whole.slice(1..3);
+/// drop(whole);
+/// assert_eq!(part[..], [2, 3]);
+/// ```
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
@@ -63,6 +83,7 @@ pub struct Bytes {
 }
 
 impl Bytes {
+    /// All bytes of an owner.
     pub fn new(owner: impl AsRef<[u8]> + Send + Sync + 'static) -> Self {
         let len = owner.as_ref().len();
         Bytes { owner: Arc::new(owner), range: 0..len }
@@ -90,6 +111,17 @@ impl fmt::Debug for Bytes {
 }
 
 /// A dense, row-major, read-only tensor of one or two dimensions, in its stored dtype.
+///
+/// ```
+/// use mindskip::tensor::{Bytes, DType, Data, Tensor};
+///
+/// let tensor = Tensor::new(DType::BF16, 1, 2, Bytes::new(vec![0x80, 0x3f, 0x00, 0xc0]))?;
+/// assert!(matches!(tensor.data(), Data::BF16(elements) if elements.len() == tensor.len()));
+/// assert_eq!(tensor.to_f32(), [1.0, -2.0]);
+/// assert_eq!((tensor.bytes().len(), tensor.is_empty()), (4, false));
+/// assert_eq!(Tensor::from_f32(&[0.5, 4.0]).to_f32(), [0.5, 4.0]);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Tensor {
     pub dtype: DType,
@@ -100,8 +132,8 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Errors: the bytes are not rows·cols elements (Shape).
-    /// Bytes that are not aligned to the element are copied; writers of safetensors align them.
+    /// `[rows, cols]` over little-endian bytes. Those that are not aligned to the element are copied; writers of safetensors align
+    /// them. Errors: Shape when they are not rows·cols elements.
     pub fn new(dtype: DType, rows: usize, cols: usize, bytes: Bytes) -> Result<Self> {
         let wanted = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
         ensure!(wanted == Some(bytes.len()), Shape, "{} bytes are not a [{rows}, {cols}] {dtype} tensor", bytes.len());
@@ -114,14 +146,17 @@ impl Tensor {
         Tensor { dtype: DType::F32, rows: 1, cols: values.len(), bytes: aligned_copy(bytemuck::cast_slice(values)) }
     }
 
+    /// Elements.
     pub fn len(&self) -> usize {
         self.rows * self.cols
     }
 
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
+    /// The elements as they are stored.
     pub fn bytes(&self) -> &Bytes {
         &self.bytes
     }
@@ -148,23 +183,22 @@ impl Tensor {
 /// A tensor's elements by dtype.
 #[derive(Clone, Copy)]
 pub enum Data<'a> {
+    /// Of [`DType::F32`].
     F32(&'a [f32]),
+    /// Of [`DType::F16`].
     F16(&'a [half::f16]),
+    /// Of [`DType::BF16`].
     BF16(&'a [half::bf16]),
 }
 
 impl Data<'_> {
     /// Elements.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Data::F32(v) => v.len(),
             Data::F16(v) => v.len(),
             Data::BF16(v) => v.len(),
         }
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 }
 

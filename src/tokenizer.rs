@@ -28,6 +28,29 @@ use crate::error::{Error, Kind, Result};
 use crate::files;
 
 /// A tokenizer. Clones share everything and may be used from any thread.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::tokenizer::Tokenizer;
+///
+/// let tokenizer = Tokenizer::open(Path::new("assets/stories"))?;
+/// let ids = tokenizer.encode("Tom had a red ball.", true)?;
+/// assert_eq!(tokenizer.decode(&ids, true)?, "Tom had a red ball.");
+/// assert_eq!(tokenizer.decode(&ids[..1], false)?, "<|endoftext|>");
+///
+/// assert_eq!((tokenizer.bos_token(), tokenizer.bos_id()), (Some("<|endoftext|>"), Some(ids[0])));
+/// assert_eq!((tokenizer.eos_token(), tokenizer.eos_id()), (Some("<|endoftext|>"), Some(ids[0])));
+/// assert!(tokenizer.is_special(ids[0]) && !tokenizer.is_special(ids[1]));
+/// assert_eq!(tokenizer.token_id("<|endoftext|>"), Some(0));
+/// assert!(tokenizer.named_tokens().any(|named| named == ("pad_token", "<|endoftext|>")));
+///
+/// let file = std::fs::read("assets/stories/tokenizer.json").unwrap();
+/// let bare = Tokenizer::from_bytes("memory", &file, None)?;
+/// assert_eq!((bare.bos_id(), bare.vocab_size()), (None, tokenizer.vocab_size()));
+/// assert!(bare.check(1536).is_ok() && bare.check(1000).is_err());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Tokenizer(Arc<Inner>);
 
@@ -181,6 +204,20 @@ impl fmt::Debug for Tokenizer {
 ///
 /// Nothing is given out that a later token could change: an unfinished UTF-8 sequence and, where tokens like `<0xE2>`
 /// stand for bytes, the whole run of them, since one bad byte makes all of it U+FFFD in [`Tokenizer::decode`].
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::tokenizer::{TextStream, Tokenizer};
+///
+/// let tokenizer = Tokenizer::open(Path::new("assets/stories"))?;
+/// let ids = tokenizer.encode("Tom 🐶", false)?; // the dog is several tokens
+/// let mut stream: TextStream = tokenizer.stream(true);
+/// let pieces = ids.iter().map(|&id| stream.push(id)).collect::<mindskip::Result<Vec<_>>>()?;
+/// assert!(pieces.contains(&String::new()) && !pieces.concat().contains('\u{fffd}'));
+/// assert_eq!(pieces.concat() + &stream.finish()?, "Tom 🐶");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TextStream {
     tokenizer: Tokenizer,

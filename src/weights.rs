@@ -28,6 +28,27 @@ use crate::tensor::{Bytes, DType, Tensor};
 mod random;
 
 /// The tensors of one or more safetensors files, or random ones. Cloning shares them.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::bundle::Bundle;
+/// use mindskip::tensor::DType;
+/// use mindskip::weights::Weights;
+///
+/// let weights = Weights::open(Path::new("assets/stories"))?;
+/// assert!(weights.contains("model.norm.weight") && !weights.contains("lm_head.weight"));
+/// assert_eq!(weights.names().next(), Some("model.embed_tokens.weight"));
+/// let norm = weights.tensor("model.norm.weight", 1, 128)?; // [1, hidden], in place
+/// assert_eq!((norm.dtype, weights.main_dtype(), weights.files().len()), (DType::BF16, DType::BF16, 1));
+/// assert_eq!((weights.bytes(), weights.dtypes()["BF16"]), (2 * weights.parameters(), weights.bytes()));
+/// assert!(weights.find_non_finite().is_none() && weights.metadata().contains_key("format"));
+///
+/// let bytes = Bundle::embedded()?.file("model.safetensors")?.expect("it has one");
+/// let same = Weights::from_parts(vec![("memory".into(), bytes)])?;
+/// assert_eq!(same.fingerprint(), weights.fingerprint());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Weights {
     files: Vec<PathBuf>,
@@ -183,7 +204,7 @@ impl Weights {
 
     /// Hands a tensor to a backend; random ones are made there, where weights are not read in place.
     /// Errors: as [`Weights::tensor`] and the backend's.
-    pub fn load(&self, name: &str, rows: usize, cols: usize, be: &mut dyn Backend) -> Result<Weight> {
+    pub(crate) fn load(&self, name: &str, rows: usize, cols: usize, be: &mut dyn Backend) -> Result<Weight> {
         let entry = self.entry(name, rows, cols)?;
         match entry.data {
             Content::Random(noise, _) if be.info().weights.is_some() => be.random(entry.dtype()?, rows, cols, noise),

@@ -65,7 +65,7 @@ fn a_step_takes_no_more_than_its_plan_states() {
         let recompute = name == "attn_token";
         let (plan, peak) = peak(&folder, settings, goal, recompute);
         let (stated, layer) = ((plan.arena + plan.kv_bytes()) as usize, ROWS * config(&folder).hidden * 4);
-        assert_eq!(plan.buffers.saved.bytes(), 5 * layer, "the inputs of the layers 1 to 5");
+        assert_eq!(plan.inputs() as usize, 5 * layer, "the inputs of the layers 1 to 5");
         assert_eq!((plan.kept, plan.kv.layers), if recompute { (0, 1) } else { (5, 6) });
         // Integers, which the plan states as well; lists of rows on the host; what threads work in.
         assert!(peak < 2 * layer && peak < stated / 8, "{name}: {peak} bytes beside {stated}");

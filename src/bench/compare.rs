@@ -13,6 +13,17 @@ use crate::error::{Error, Kind, Result};
 use crate::files;
 
 /// What `mindskip bench` saved as JSON or JSON lines.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::bench::Saved;
+///
+/// let path = Path::new("benches/results/stories.json"); // of `mindskip bench --format json -o`
+/// assert_eq!(Saved::open(path)?, Saved::parse(&std::fs::read(path).unwrap())?);
+/// assert!(Saved::parse(b"[]").is_err(), "no measurement");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Saved {
     tests: Vec<Test>,
@@ -46,13 +57,17 @@ pub struct What {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
+    /// B takes less time.
     Faster,
+    /// B takes more time.
     Slower,
     /// The difference is within what repetitions scatter by, or is small.
     Same,
     /// Too few repetitions to tell.
     TooFew,
+    /// B has no such test.
     OnlyA,
+    /// A has no such test.
     OnlyB,
 }
 
@@ -185,7 +200,29 @@ fn settings(head: &Head) -> Vec<(&'static str, String)> {
 /// Finds the tests of A in B. A setting that has several values in one of them is part of what was measured, and has to be the
 /// same; one that is the same all over each of them may differ, and is told.
 ///
-/// A test became faster or slower when [`differ`] says so and the medians differ by the share `least` or more.
+/// A test became faster or slower when the two-sided rank test of Mann and Whitney finds a difference at 1% and the medians differ by
+/// the share `least` or more.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::bench::{Compared, Comparison, Format, Row, Saved, Verdict, What, compare, write};
+///
+/// let path = Path::new("benches/results/stories.json");
+/// let mut rows: Vec<Row> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+/// for decode in rows.iter_mut().filter_map(|row| row.decode.as_mut()) {
+///     decode.samples.iter_mut().for_each(|seconds| *seconds *= 10.0);
+/// }
+/// let mut slow = Vec::new();
+/// write(Format::Json, &rows, &mut slow).unwrap();
+/// let Compared { rows, differences } = compare(&Saved::open(path)?, &Saved::parse(&slow)?, 0.03);
+/// assert!(differences.is_empty(), "of machine and settings");
+/// for Comparison { what: What { test, .. }, ratio, verdict, .. } in rows {
+///     let expected = if test == "decode 8 behind 64" { (10.0, Verdict::Slower) } else { (1.0, Verdict::Same) };
+///     assert!((ratio.unwrap() - expected.0).abs() < 1e-9 && verdict == expected.1, "{test}: {ratio:?}, {verdict:?}");
+/// }
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn compare(a: &Saved, b: &Saved, least: f64) -> Compared {
     let mut names: Vec<&'static str> = Vec::new();
     for (name, _) in a.tests.iter().chain(&b.tests).flat_map(|test| &test.settings) {

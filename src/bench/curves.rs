@@ -19,6 +19,17 @@ const WIDE: f64 = 4.0;
 /// A chart for each phase and each variable that has several values: of capacity the speedup over dense, of depth, prompt and
 /// batch the time per token. The other variables keep the first of their values. Where nothing else is swept there is one of
 /// capacity in any case.
+///
+/// ```
+/// use mindskip::bench::{Row, charts};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let rows: Vec<Row> = serde_json::from_slice(&file).unwrap();
+/// let charts = charts(&rows);
+/// let titles: Vec<_> = charts.iter().map(|chart| chart.title.split(',').next().unwrap()).collect();
+/// assert_eq!(titles, ["prefill 64", "decode 8 behind 64"]);
+/// assert_eq!(charts[0].lines[1].points, [(rows[1].active, rows[1].prefill.as_ref().unwrap().speedup)]);
+/// ```
 pub fn charts(rows: &[Row]) -> Vec<Chart> {
     let mut charts = Vec::new();
     for setting in distinct(rows.iter().map(|row| setting(&row.head))) {

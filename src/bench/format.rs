@@ -15,9 +15,13 @@ use crate::memory::Size;
 /// How records are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
+    /// A Markdown table, for people: `md`.
     Md,
+    /// A line for each record, with all its numbers: `csv`.
     Csv,
+    /// One array: `json`.
     Json,
+    /// A record a line: `jsonl`.
     Jsonl,
 }
 
@@ -40,14 +44,50 @@ impl FromStr for Format {
 pub type Cells = Vec<(&'static str, String)>;
 
 /// What has lines in a table.
+///
+/// ```
+/// use mindskip::bench::{Cells, Format, Lines, write};
+///
+/// #[derive(serde::Serialize)]
+/// struct Task {
+///     name: &'static str,
+///     acc: f64,
+/// }
+///
+/// impl Lines for Task {
+///     const TOGETHER: &[&str] = &[];
+///
+///     fn lines(&self) -> Vec<Cells> {
+///         vec![vec![("task", self.name.into()), ("acc", format!("{:.1}%", 100.0 * self.acc))]]
+///     }
+/// }
+///
+/// let mut table = Vec::new();
+/// write(Format::Md, &[Task { name: "piqa", acc: 0.5 }, Task { name: "rte", acc: 0.625 }], &mut table).unwrap();
+/// assert!(String::from_utf8(table).unwrap().contains("|  rte | 62.5% |"));
+/// ```
 pub trait Lines: Serialize {
+    /// Its lines; all have the same columns.
     fn lines(&self) -> Vec<Cells>;
 
     /// Lines with the same in these columns stand together.
     const TOGETHER: &[&str];
 }
 
-/// Writes records.
+/// Writes records. Errors: those of `out`.
+///
+/// ```
+/// use mindskip::bench::{Format, Row, write};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let rows: Vec<Row> = serde_json::from_slice(&file).unwrap();
+/// let mut out = Vec::new();
+/// write("jsonl".parse()?, &rows, &mut out).unwrap();
+/// let last = out.split(|&byte| byte == b'\n').nth(1).unwrap();
+/// assert_eq!(serde_json::from_slice::<Row>(last).unwrap(), rows[1]);
+/// write(Format::Csv, &rows, &mut std::io::sink()).unwrap();
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn write<R: Lines>(format: Format, records: &[R], out: &mut dyn Write) -> io::Result<()> {
     let lines = || {
         let mut lines: Vec<_> = records.iter().flat_map(Lines::lines).collect();
@@ -79,6 +119,18 @@ pub(crate) fn write_lines<R: Serialize, N: AsRef<str>>(
 }
 
 /// Writes records into a file, all or nothing. Errors: Io.
+///
+/// ```
+/// use mindskip::bench::{Format, Row, Saved, save};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let rows: Vec<Row> = serde_json::from_slice(&file).unwrap();
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("again.jsonl");
+/// save(Format::Jsonl, &rows, &path)?;
+/// assert_eq!(Saved::open(&path)?, Saved::parse(&file)?);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn save<R: Lines>(format: Format, records: &[R], path: &Path) -> Result<()> {
     files::write_atomically(path, |out| write(format, records, out))
 }

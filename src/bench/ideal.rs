@@ -18,13 +18,34 @@ pub struct Ideal {
 /// A text, and how much of it is prompt: at least one token.
 #[derive(Debug, Clone, Copy)]
 pub struct Text<'a> {
+    /// All of it.
     pub ids: &'a [u32],
+    /// Tokens of `ids`.
     pub prompt: usize,
     /// Tokens behind the prompt that are decoded at most.
     pub decoded: usize,
 }
 
 /// The ideal of an engine, as it is routed. Errors: as of [`Engine::prefill`].
+///
+/// ```
+/// use mindskip::backend::Rates;
+/// use mindskip::bench::{Ideal, Text, ideal};
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::model::Routing;
+///
+/// let bundle = Bundle::embedded()?;
+/// let routing = bundle.routers.map(Routing::routers);
+/// let mut engine = Engine::new(bundle.config, bundle.weights, routing, &Options::default())?;
+/// let rates = Rates { copy: 1e10, product: 1e11 }; // or those that engine::rates measures
+/// let text = Text { ids: &[5; 60], prompt: 50, decoded: 10 };
+/// let routed: Ideal = ideal(&mut engine, &rates, &[text])?;
+/// engine.reroute(None)?;
+/// let dense = ideal(&mut engine, &rates, &[text])?;
+/// assert!(routed.prefill < dense.prefill && routed.decode < dense.decode);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn ideal(engine: &mut Engine, rates: &Rates, texts: &[Text]) -> Result<Ideal> {
     let mut sum = Ideal::default();
     for text in texts {

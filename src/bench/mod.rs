@@ -13,7 +13,7 @@ mod paper;
 mod record;
 mod run;
 mod shapes;
-pub mod stats;
+mod stats;
 
 pub use compare::{Compared, Comparison, Saved, Verdict, What, compare};
 pub use curves::charts;
@@ -38,6 +38,15 @@ use crate::tensor::DType;
 use crate::weights::Weights;
 
 /// What is measured: a model, or the shape of one.
+///
+/// ```
+/// use mindskip::bench::{Subject, shape};
+/// use mindskip::bundle::Bundle;
+///
+/// let (small, large) = (Subject::model(Bundle::embedded()?), Subject::shape("an 8B", shape("llama-3-8b")?));
+/// assert_eq!((small.name.as_str(), small.config.layers, large.config.layers), ("stories", 8, 32));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct Subject {
     pub name: String,
@@ -47,6 +56,7 @@ pub struct Subject {
 }
 
 impl Subject {
+    /// With its own weights, dense but for the ways to run it.
     pub fn model(bundle: Bundle) -> Subject {
         Subject { name: bundle.name, config: bundle.config, weights: Some(bundle.weights) }
     }
@@ -64,6 +74,18 @@ impl Subject {
 }
 
 /// A way to run a model.
+///
+/// ```
+/// use mindskip::bench::Way;
+/// use mindskip::model::{Gates, Routing};
+/// use mindskip::router::RouterSettings;
+///
+/// let gates = Gates::Random { capacity: 0.25, seed: 0 };
+/// let routing = Routing { settings: RouterSettings::default(), layers: vec![3, 4], gates };
+/// let way = Way { routing: Some(routing) };
+/// assert_eq!((way.name(), way.keys(), way.capacity()), ("attn_token".into(), Some("all".into()), Some(0.25)));
+/// assert_eq!((Way::DENSE.name(), Way::DENSE.keys(), Way::DENSE.capacity()), ("dense".into(), None, None));
+/// ```
 #[derive(Debug, Clone)]
 pub struct Way {
     /// None: dense.
@@ -71,6 +93,7 @@ pub struct Way {
 }
 
 impl Way {
+    /// The model as it is.
     pub const DENSE: Way = Way { routing: None };
 
     /// "attn_token", "dense".
@@ -85,6 +108,7 @@ impl Way {
         choice.then(|| settings.keys.to_string())
     }
 
+    /// The share of a random mask that is active; None with routers, and for the dense model.
     pub fn capacity(&self) -> Option<f64> {
         match self.routing.as_ref()?.gates {
             // 0.3 as it was written, not as f32 holds it.
@@ -95,16 +119,20 @@ impl Way {
 }
 
 /// A machine to measure on, and how.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Setting {
     pub device: Device,
     /// What weights are stored in; on a GPU also activations. None: as the model is.
     pub dtype: Option<DType>,
     /// What K/V are stored in; None: as the activations are.
     pub kv_dtype: Option<DType>,
+    /// CPU threads; None: one for every core this process may use.
     pub threads: Option<usize>,
+    /// On the CPU.
     pub precision: Precision,
+    /// On a GPU.
     pub kernels: Kernels,
+    /// For everything together; None: what the device has free.
     pub memory: Option<Budget>,
 }
 
@@ -167,7 +195,7 @@ fn driver(_gpu: bool) -> Option<String> {
     None
 }
 
-/// A sweep: every combination of what is listed.
+/// A sweep: every combination of what is listed. [`measure`] runs it.
 #[derive(Debug, Clone)]
 pub struct Plan {
     pub subject: Subject,
@@ -190,7 +218,9 @@ pub struct Plan {
 /// A combination of a sweep but for its setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Point {
+    /// Sequences at a time.
     pub batch: usize,
+    /// Tokens of each: in the cache before, read in one prefill, decoded.
     pub depth: usize,
     pub prompt: usize,
     pub generated: usize,
@@ -224,6 +254,7 @@ impl Plan {
         Ok(())
     }
 
+    /// What is measured on each setting, the generated lengths in turns first.
     pub fn points(&self) -> Vec<Point> {
         let mut points = Vec::new();
         for &batch in &self.batches {

@@ -45,6 +45,23 @@ const DRAW: Draw = Draw { temperature: 0.8, top_k: 50, top_p: 0.95, min_p: 0.0, 
 /// Runs every op at every size and hands over the rows of a size when it is done.
 ///
 /// Errors: Argument for sizes that make no sense; what the backend refuses; Interrupted.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bench::{OpRow, OpsPlan, Setting, Subject, measure_ops};
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::Device;
+///
+/// let setting = Setting { device: Device::Cpu, ..Setting::default() };
+/// let plan = OpsPlan { subject: Subject::model(Bundle::embedded()?), setting, rows: vec![1], context: 100, reps: 1 };
+/// let mut rows = Vec::new();
+/// measure_ops(&plan, &mut |_| ControlFlow::Continue(()), &mut |more| rows.extend(more))?;
+/// let attend: &OpRow = rows.iter().find(|row| row.op == "attend").expect("every op is measured");
+/// assert_eq!(attend.flops, 4 * 100 * 128, "two products, of 100 rows and two heads of 64");
+/// assert!(attend.us > 0.0 && attend.of_ideal > 0.0);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn measure_ops(
     plan: &OpsPlan,
     progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
@@ -97,6 +114,21 @@ impl OpsPlan {
 
 /// Every op over one number of rows: those of [`Ops`] as an engine runs them, those of [`Gradients`] as training does, in f32
 /// and over one sequence of these rows.
+///
+/// ```
+/// use mindskip::backend::{AnyKind, OpKind};
+/// use mindskip::bench::{OpBench, OpsPlan, Setting, Subject};
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::Device;
+///
+/// let setting = Setting { device: Device::Cpu, ..Setting::default() };
+/// let plan = OpsPlan { subject: Subject::model(Bundle::embedded()?), setting, rows: vec![8], context: 8, reps: 1 };
+/// let mut bench = OpBench::new(&plan, 8)?;
+/// let cost = bench.prepare(AnyKind::Forward(OpKind::Embed))?;
+/// assert!(cost.bytes >= 8 * 128 * 4, "eight rows are written in f32");
+/// assert!(bench.seconds(AnyKind::Forward(OpKind::Embed), 10)? > 0.0);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct OpBench {
     forward: Bench,
     backward: Bench,
@@ -122,7 +154,8 @@ impl OpBench {
         Ok(OpBench { forward, backward, training, training_weights })
     }
 
-    /// Gets ready to measure an op, on one layer after the other: what it takes.
+    /// Gets ready to measure an op, on one layer after the other: what a call takes, in FLOPs and bytes. Errors: what the backend
+    /// refuses.
     pub fn prepare(&mut self, kind: AnyKind) -> Result<Cost> {
         let bench = self.of(kind);
         for layer in 0..bench.layers.len() {
@@ -133,7 +166,8 @@ impl OpBench {
         Ok(bench.backend.meter().count_mut(kind).cost)
     }
 
-    /// Seconds that so many calls take. Where steps are recorded, the launches of one do not wait for the host.
+    /// Seconds that so many calls take, behind [`prepare`](Self::prepare). Where steps are recorded, the launches of one do not wait
+    /// for the host. Errors: what the backend refuses.
     pub fn seconds(&mut self, kind: AnyKind, calls: usize) -> Result<f64> {
         let bench = self.of(kind);
         bench.backend.forget()?;

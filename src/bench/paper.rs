@@ -26,10 +26,13 @@ pub struct PaperPlan {
     pub settings: Vec<Setting>,
     /// Divisor of the widths; None: the least that fits into the memory of all machines.
     pub scale: Option<usize>,
+    /// Sequences at a time.
     pub batch: usize,
+    /// Tokens of each: in the cache before, read in one prefill, decoded.
     pub depth: usize,
     pub prompt: usize,
     pub generated: usize,
+    /// Rounds that are not counted, and that are.
     pub warmup: usize,
     pub reps: usize,
     pub seed: u64,
@@ -50,6 +53,29 @@ pub struct PaperRow {
 /// Measures all six granularities; a row for each, behind that of the dense model.
 ///
 /// Errors: Memory when no scale fits; those of [`measure`].
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bench::{PaperPlan, PaperRow, Setting, measure_paper};
+/// use mindskip::engine::Device;
+///
+/// let plan = PaperPlan {
+///     settings: vec![Setting { device: Device::Cpu, ..Setting::default() }],
+///     scale: Some(8),
+///     batch: 1,
+///     depth: 0,
+///     prompt: 2,
+///     generated: 0,
+///     warmup: 0,
+///     reps: 1,
+///     seed: 0,
+/// };
+/// let mut rows: Vec<PaperRow> = Vec::new();
+/// measure_paper(&plan, &mut |_| ControlFlow::Continue(()), &mut |more| rows.extend(more))?;
+/// assert_eq!((rows.len(), rows[1].row.routing.as_str(), rows[1].published), (7, "attn_token", Some(1.21)));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn measure_paper(
     plan: &PaperPlan,
     progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,

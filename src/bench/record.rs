@@ -34,6 +34,7 @@ pub struct Head {
 }
 
 impl Head {
+    /// What the device does at best: the yardstick of `of_ideal`.
     pub fn rates(&self) -> Rates {
         Rates { copy: self.copy_rate, product: self.product_rate }
     }
@@ -79,7 +80,7 @@ pub struct Row {
 pub struct Phase {
     /// Of all sequences together, by the median.
     pub tokens_per_s: f64,
-    /// See [`Stats::spread`].
+    /// From the lower to the upper quartile of the samples, as a share of the median.
     pub spread: f64,
     /// Of a prefill by its tokens, of a decode step as a whole.
     pub ms_per_token: f64,
@@ -103,7 +104,7 @@ pub struct Phase {
 
 /// What the repetitions of a phase gave.
 #[derive(Debug, Clone, Default)]
-pub struct Measured {
+pub(super) struct Measured {
     /// Seconds.
     pub samples: Vec<f64>,
     /// Of one repetition; all do the same.
@@ -113,7 +114,7 @@ pub struct Measured {
 
 impl Phase {
     /// `steps` calls for `tokens` tokens in all.
-    pub fn new(own: &Measured, dense: &Measured, tokens: usize, steps: usize, rates: &Rates) -> Phase {
+    pub(super) fn new(own: &Measured, dense: &Measured, tokens: usize, steps: usize, rates: &Rates) -> Phase {
         let Stats { median, spread } = Stats::of(&own.samples);
         let (ideal, dense_ideal) = (rates.ideal(&own.meter), rates.ideal(&dense.meter));
         let (measured, ideal_speedup) = (speedup(&dense.samples, &own.samples), dense_ideal / ideal);
@@ -148,7 +149,7 @@ pub struct OpRow {
     /// Rows of the step; `attend` sees `context` rows of K/V with them. Of logits there are at most 64, of draws one.
     pub rows: usize,
     pub context: usize,
-    /// Microseconds of a call, by the median; see [`Stats::spread`].
+    /// Microseconds of a call, by the median, and from the lower to the upper quartile as a share of it.
     pub us: f64,
     pub spread: f64,
     pub flops: u64,

@@ -18,6 +18,7 @@ use crate::weights::Weights;
 /// How far a sweep is.
 #[derive(Debug, Clone)]
 pub struct Progress {
+    /// Runs, those that do not count included.
     pub done: usize,
     pub all: usize,
     /// "attn_token 0.5, prompt 512, gen 64".
@@ -41,6 +42,46 @@ pub(super) fn context(p: &Point) -> usize {
 /// Runs a sweep and hands over the rows of each point when it is done; `progress` is told of every run and may break off.
 ///
 /// Errors: what [`Plan::check`] and [`Engine::new`] refuse; Interrupted.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bench::{Head, Phase, Plan, Point, Progress, Row, Setting, Subject, Way, measure};
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::Device;
+/// use mindskip::model::Routing;
+///
+/// let bundle = Bundle::embedded()?;
+/// let routed = Way { routing: bundle.routers.clone().map(Routing::routers) };
+/// let plan = Plan {
+///     subject: Subject::model(bundle),
+///     settings: vec![Setting { device: Device::Cpu, threads: Some(1), ..Setting::default() }],
+///     batches: vec![2],
+///     depths: vec![0],
+///     prompts: vec![32],
+///     generated: vec![4],
+///     ways: vec![Way::DENSE, routed],
+///     warmup: 0,
+///     reps: 1,
+///     seed: 0,
+/// };
+/// plan.check()?;
+/// assert_eq!(plan.points(), [Point { batch: 2, depth: 0, prompt: 32, generated: 4 }]);
+/// let mut rows = Vec::new();
+/// let mut progress = |Progress { done, all, now }: &Progress| {
+///     eprintln!("{done} of {all}: {now}");
+///     ControlFlow::Continue(())
+/// };
+/// measure(&plan, &mut progress, &mut |more| rows.extend(more))?;
+/// let [Row { decode: Some(dense), .. }, Row { head, active, decode: Some(Phase { flops, samples, .. }), .. }] = &rows[..]
+/// else {
+///     panic!("{rows:?}")
+/// };
+/// assert!(*active < 1.0 && *flops < dense.flops && samples.len() == 1);
+/// let head: &Head = head;
+/// assert!(head.rates().copy > 0.0, "bytes a second of a large copy");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn measure(
     plan: &Plan,
     progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,

@@ -10,6 +10,14 @@ pub const SHAPES: [&str; 6] =
     ["llama-3-8b", "mistral-7b", "qwen2.5-7b", "qwen2.5-1.5b", "smollm2-135m", "llama-3.2-1b"];
 
 /// The shape of that name, as the `config.json` of its base model gives it. Errors: Argument for a name that is none.
+///
+/// ```
+/// use mindskip::bench::{SHAPES, shape};
+///
+/// assert_eq!((shape("llama-3-8b")?.layers, shape("smollm2-135m")?.hidden), (32, 576));
+/// assert!(SHAPES.iter().all(|name| shape(name).is_ok()) && shape("gpt-2").is_err());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn shape(name: &str) -> Result<Config> {
     let json = config(name).ok_or_else(|| {
         let cause = format!("no shape is called {name:?}");

@@ -12,6 +12,15 @@ use crate::engine::Engine;
 use crate::error::{Error, Kind, Result, check_range};
 
 /// How a text is cut.
+///
+/// ```
+/// use mindskip::eval::perplexity::Windows;
+///
+/// let windows = Windows { length: 4, stride: 3 };
+/// assert_eq!(windows.of(8)?, [(0, 4, 3), (3, 7, 3), (6, 8, 1)]);
+/// assert!(Windows { stride: 4, ..windows }.of(8).is_err());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Windows {
     /// Tokens of a window, at least 2.
@@ -23,31 +32,37 @@ pub struct Windows {
 /// A window of a text, in tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Window {
+    /// Tokens `[begin, end)` of the text.
     pub begin: usize,
     pub end: usize,
     /// How many of the last tokens count.
     pub counted: usize,
-    /// Of these together.
+    /// Of these together, in nats.
     pub loglikelihood: f64,
 }
 
 /// A text's score.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TextScore {
+    /// Its name.
     pub text: String,
+    /// All, and those that count: all but the first.
     pub tokens: usize,
     pub counted: usize,
+    /// See [`Windows`].
     pub window: usize,
     pub stride: usize,
     /// Mean negative log-likelihood of a token, in nats.
     pub loss: f64,
+    /// `exp(loss)`
     pub perplexity: f64,
     /// By the bytes of the text.
     pub bits_per_byte: f64,
 }
 
 impl Windows {
-    /// Begin, end and how many tokens count, of each window.
+    /// Begin, end and how many tokens count, of each window. Errors: Argument for windows that make no sense, and for fewer than two
+    /// tokens.
     pub fn of(self, tokens: usize) -> Result<Vec<(usize, usize, usize)>> {
         let Windows { length, stride } = self;
         check_range("--window", length, length >= 2, "2 or more")?;
@@ -79,6 +94,25 @@ impl Windows {
 /// how many windows are done and may break off.
 ///
 /// Errors: Argument for windows that make no sense; Interrupted; those of [`Engine::prefill`].
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::eval::perplexity::{TextScore, Window, Windows, perplexity};
+///
+/// let text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the sunshine.";
+/// let bundle = Bundle::embedded()?;
+/// let ids = bundle.tokenizer()?.encode(text, true)?;
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &Options::default())?;
+/// let windows = Windows { length: 16, stride: 8 };
+/// let (score, each): (TextScore, Vec<Window>) =
+///     perplexity(&mut engine, "lily", &ids, text.len(), windows, &mut |_| ControlFlow::Continue(()))?;
+/// assert_eq!(each.iter().map(|window| window.counted).sum::<usize>(), ids.len() - 1);
+/// assert!(score.perplexity < 5.0 && score.bits_per_byte < 1.0, "{score:?}");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn perplexity(
     engine: &mut Engine,
     name: &str,

@@ -9,9 +9,26 @@ use crate::tokenizer::Tokenizer;
 const DELIMITER: &str = " ";
 
 /// How likely is this text behind that one?
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::eval::{Encoded, Request};
+///
+/// let tokenizer = Bundle::embedded()?.tokenizer()?;
+/// let request = Request { context: "Tom had a red".into(), continuation: " ball".into() };
+/// let encoded: Encoded = request.encode(&tokenizer, 512)?;
+/// assert_eq!(encoded.ids, tokenizer.encode("Tom had a red ball", true)?);
+/// let last = encoded.ids.len() - 1;
+/// assert_eq!(encoded.inputs(), &encoded.ids[..last]);
+/// assert_eq!(encoded.targets().collect::<Vec<_>>(), [(last - 1, encoded.ids[last])], "behind which row, and what");
+/// assert!(request.encode(&tokenizer, 3)?.cut);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
+    /// May be empty.
     pub context: String,
+    /// With the space in front of it.
     pub continuation: String,
 }
 

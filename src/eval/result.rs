@@ -12,6 +12,13 @@ use crate::error::Result;
 use crate::files;
 
 /// A mean of ones and zeros, and what it may be off by.
+///
+/// ```
+/// use mindskip::eval::Mean;
+///
+/// let acc = Mean::of(&[true, true, true, false]);
+/// assert_eq!((acc.mean, acc.stderr), (0.75, Some(0.25)));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Mean {
     /// From 0 to 1.
@@ -21,6 +28,16 @@ pub struct Mean {
 }
 
 /// A task's score.
+///
+/// ```
+/// use mindskip::eval::{Ask, Record, TaskScore};
+///
+/// let ask = Ask::Choices { context: "Tom had a red".into(), choices: vec!["ball".into(), "ball and a kite".into()] };
+/// let record = Record { id: None, description: String::new(), ask, gold: 1 };
+/// let score = TaskScore::of("balls", 0, 0, &[record], &[vec![-2.0, -3.0]]);
+/// assert_eq!((score.acc.mean, score.acc_norm.map(|norm| norm.mean)), (0.0, Some(1.0)), "-3 for more characters");
+/// assert_eq!(score.main(), score.acc, "as the harness knows no norm for this task");
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TaskScore {
     pub task: String,
@@ -35,20 +52,37 @@ pub struct TaskScore {
 }
 
 /// What was asked of the model, and what came of it.
+///
+/// ```
+/// use mindskip::eval::result::Sample;
+/// use mindskip::eval::{Ask, Record};
+///
+/// let ask = Ask::Choices { context: "Tom had a red".into(), choices: vec!["ball".into(), "idea".into()] };
+/// let record = Record { id: Some("7".into()), description: String::new(), ask, gold: 0 };
+/// let request = &record.requests("")[1];
+/// let sample = Sample::choice("balls", &record, 1, request, -4.5);
+/// assert!(matches!(&sample, Sample::Choice { gold: false, continuation, .. } if continuation == " idea"));
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Sample {
+    /// A choice of a question.
     Choice {
         task: String,
+        /// The record's.
         id: Option<String>,
+        /// From 0.
         choice: usize,
         /// Whether it is the right one.
         gold: bool,
         context: String,
         continuation: String,
+        /// Of the continuation, in nats.
         loglikelihood: f64,
     },
+    /// A window of a long text.
     Window {
+        /// Its name.
         text: String,
         #[serde(flatten)]
         window: Window,
@@ -56,6 +90,7 @@ pub enum Sample {
 }
 
 impl Sample {
+    /// A choice of a record, from 0, as it was asked for.
     pub fn choice(task: &str, record: &Record, choice: usize, request: &Request, loglikelihood: f64) -> Sample {
         let Request { context, continuation } = request.clone();
         let (id, gold) = (record.id.clone(), choice == record.gold);
@@ -64,6 +99,19 @@ impl Sample {
 }
 
 /// Writes samples as JSON lines, all or nothing. Errors: Io.
+///
+/// ```
+/// use mindskip::eval::perplexity::Window;
+/// use mindskip::eval::result::{Sample, save_samples};
+///
+/// let window = Window { begin: 0, end: 16, counted: 15, loglikelihood: -31.5 };
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("samples.jsonl");
+/// save_samples(&path, &[Sample::Window { text: "a.txt".into(), window }])?;
+/// let line = r#"{"text":"a.txt","begin":0,"end":16,"counted":15,"loglikelihood":-31.5}"#;
+/// assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{line}\n"));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn save_samples(path: &Path, samples: &[Sample]) -> Result<()> {
     files::write_atomically(path, |out| {
         samples.iter().try_for_each(|sample| {

@@ -13,6 +13,13 @@ use crate::model::Routing;
 use crate::router::{Level, Select};
 
 /// What an engine must have room for.
+///
+/// ```
+/// use mindskip::eval::Room;
+///
+/// let room = Room { batch: 32, context: 100, rows: 2048 };
+/// assert_eq!(room.with_context(4096), Room { batch: 4, context: 4096, rows: 2048 });
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     /// Sequences open at a time.
@@ -39,6 +46,19 @@ const HELD: usize = 16_384;
 const BATCH: usize = 32;
 
 /// Requests, by what they have in common.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::eval::{Request, Work};
+///
+/// let tokenizer = Bundle::embedded()?.tokenizer()?;
+/// let request = Request { context: "Tom had a red".into(), continuation: " ball".into() };
+/// let encoded = request.encode(&tokenizer, 512)?;
+/// let context = encoded.inputs().len();
+/// let work = Work::new(&[("no description".into(), vec![encoded])], None);
+/// assert_eq!(work.room().context, context, "what an engine must have room for");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Work {
     families: Vec<Family>,
     room: Room,
@@ -87,12 +107,24 @@ impl Work {
         Work { families, room }
     }
 
+    /// What an engine must have room for.
     pub fn room(&self) -> Room {
         self.room
     }
 }
 
 /// Whether what a router decides about a token does not depend on the tokens behind it.
+///
+/// ```
+/// use mindskip::eval::score::can_share;
+/// use mindskip::model::Routing;
+///
+/// let mut routers = mindskip::bundle::Bundle::embedded()?.routers.expect("it comes with some");
+/// assert!(can_share(&Routing::routers(routers.clone())));
+/// routers.settings.granularity = "attn_sequence".parse()?;
+/// assert!(!can_share(&Routing::routers(routers)));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn can_share(routing: &Routing) -> bool {
     routing.settings.granularity.level == Level::Token && routing.settings.select == Select::Threshold
 }
@@ -129,6 +161,34 @@ impl Group {
 /// The log-likelihood of every request, by record. `progress` is told how many requests are done and may break off.
 ///
 /// Errors: Argument when the engine was built for less than [`Work::room`]; Interrupted; those of [`Engine::prefill`].
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Engine, Options};
+/// use mindskip::eval::{Ask, Record, Room, TaskScore, Work, score};
+///
+/// let choices = vec!["went to the park.".into(), "was made of seven equations.".into()];
+/// let ask = Ask::Choices { context: "Tom and his dog".into(), choices };
+/// let records = [Record { id: None, description: String::new(), ask, gold: 0 }];
+///
+/// let bundle = Bundle::embedded()?;
+/// let (tokenizer, room) = (bundle.tokenizer()?, bundle.config.context);
+/// let encode = |record: &Record| {
+///     let requests = record.requests("").into_iter().map(|request| request.encode(&tokenizer, room));
+///     Ok((String::new(), requests.collect::<mindskip::Result<Vec<_>>>()?))
+/// };
+/// let requests = records.iter().map(encode).collect::<mindskip::Result<Vec<_>>>()?;
+/// let work = Work::new(&requests, None);
+/// let Room { batch, context, rows } = work.room();
+/// let options = Options { batch, context: Some(context), rows: Some(rows), ..Options::default() };
+/// let mut engine = Engine::new(bundle.config, bundle.weights, None, &options)?;
+/// let found = score(&mut engine, &work, &mut |_| ControlFlow::Continue(()))?;
+/// assert!(found[0][0] > found[0][1] + 10.0, "{found:?}");
+/// assert_eq!(TaskScore::of("dogs", 0, 0, &records, &found).acc.mean, 1.0);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn score(
     engine: &mut Engine,
     work: &Work,

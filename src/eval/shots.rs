@@ -7,6 +7,20 @@ use super::task::{Ask, Record};
 use crate::error::{Error, Kind, Result};
 
 /// Chooses solved records for each question, among those with its description.
+///
+/// ```
+/// use mindskip::eval::{Ask, Record, Shots};
+///
+/// let record = |question: &str, gold| {
+///     let ask = Ask::Choices { context: question.into(), choices: vec!["yes".into(), "no".into()] };
+///     Record { id: None, description: "Answer.\n\n".into(), ask, gold }
+/// };
+/// let solved = [record("Is grass green?", 0), record("Is snow black?", 1)];
+/// let mut shots = Shots::new(&solved, 2, None, false);
+/// let before = shots.before(&record("Is the sea wet?", 0))?;
+/// assert_eq!(before, "Answer.\n\nIs grass green? yes\n\nIs snow black? no\n\n");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Shots<'a> {
     count: usize,
     pools: BTreeMap<&'a str, (Vec<&'a Record>, Option<Random>)>,

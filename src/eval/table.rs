@@ -13,6 +13,26 @@ use crate::error::Result;
 use crate::files;
 
 /// A way to run the model: the dense one, or routers.
+///
+/// ```
+/// use std::path::Path;
+///
+/// use mindskip::bench::Row;
+/// use mindskip::eval::table::{TableRow, set_deltas};
+/// use mindskip::eval::{Mean, TaskScore};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap(); // of `mindskip bench`
+/// let [dense, routed]: [Row; 2] = serde_json::from_slice(&file).unwrap();
+/// let score = |right: &[bool]| {
+///     [TaskScore { task: "rte".into(), records: 4, shots: 0, acc: Mean::of(right), acc_norm: None, cut: 0 }]
+/// };
+/// let mut rows = [
+///     TableRow::new("…", None, 1.0, &score(&[true, true, true, false]), dense),
+///     TableRow::new("…", Some(Path::new("a.safetensors")), 0.5, &score(&[true, true, false, false]), routed),
+/// ];
+/// set_deltas(&mut rows);
+/// assert_eq!((rows[0].delta, rows[1].delta, rows[1].scores["rte"].mean), (0.0, -0.25, 0.5));
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TableRow {
     /// By which the table was made.
@@ -95,17 +115,59 @@ impl TableRow {
 }
 
 /// Sets what each row gains or loses on the first, which is the dense model's.
+///
+/// ```
+/// use mindskip::bench::Row;
+/// use mindskip::eval::table::{TableRow, set_deltas};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
+/// let row = |(speed, average)| TableRow { average, ..TableRow::new("…", None, 1.0, &[], speed) };
+/// let mut rows: Vec<TableRow> = speeds.into_iter().zip([0.75, 0.5]).map(row).collect();
+/// set_deltas(&mut rows);
+/// assert_eq!((rows[0].delta, rows[1].delta), (0.0, -0.25));
+/// ```
 pub fn set_deltas(rows: &mut [TableRow]) {
     let dense = rows.first().map_or(0.0, |row| row.average);
     rows.iter_mut().for_each(|row| row.delta = row.average - dense);
 }
 
-/// Writes rows.
+/// Writes rows. Errors: those of `out`.
+///
+/// ```
+/// use mindskip::bench::{Format, Row};
+/// use mindskip::eval::table::{TableRow, write};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
+/// let row = |speed| TableRow { average: 0.625, ..TableRow::new("…", None, 1.0, &[], speed) };
+/// let rows: Vec<TableRow> = speeds.into_iter().map(row).collect();
+/// let mut table = Vec::new();
+/// write(Format::Md, &rows, &mut table).unwrap();
+/// let table = String::from_utf8(table).unwrap();
+/// assert!(table.contains("average: 62.50") && table.contains("| attn_token |"), "what is the same is told once");
+/// ```
 pub fn write(format: Format, rows: &[TableRow], out: &mut dyn Write) -> io::Result<()> {
     write_lines(format, rows, || rows.iter().map(TableRow::cells).collect(), out)
 }
 
 /// Writes rows into a file, all or nothing. Errors: Io.
+///
+/// ```
+/// use mindskip::bench::{Format, Row};
+/// use mindskip::eval::table::{TableRow, save};
+///
+/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
+/// let row = |speed| TableRow { average: 0.625, ..TableRow::new("…", None, 1.0, &[], speed) };
+/// let rows: Vec<TableRow> = speeds.into_iter().map(row).collect();
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("table.json");
+/// save(Format::Json, &rows, &path)?;
+/// let saved: Vec<TableRow> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+/// assert_eq!(saved, rows);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn save(format: Format, rows: &[TableRow], path: &Path) -> Result<()> {
     files::write_atomically(path, |out| write(format, rows, out))
 }

@@ -42,8 +42,19 @@ named! {
 }
 
 /// A question and its answers, as the model reads them.
+///
+/// ```
+/// use mindskip::eval::{Ask, Record};
+///
+/// let contexts = vec!["Tom fed the dog, as the dog".into(), "Tom fed the dog, as Tom".into()];
+/// let ask = Ask::Contexts { contexts, continuation: "was hungry.".into() };
+/// let requests = Record { id: None, description: String::new(), ask, gold: 0 }.requests("");
+/// assert_eq!(requests[1].context, "Tom fed the dog, as Tom");
+/// assert_eq!(requests[1].continuation, " was hungry.");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
+    /// A name for messages and samples.
     pub id: Option<String>,
     /// Stands once in front of everything.
     pub description: String,
@@ -63,6 +74,15 @@ pub enum Ask {
 
 impl Task {
     /// By the name of a file: `piqa.jsonl`.
+    ///
+    /// ```
+    /// use std::path::Path;
+    ///
+    /// use mindskip::eval::Task;
+    ///
+    /// assert_eq!(Task::of(Path::new("data/piqa.jsonl")), Some(Task::Piqa));
+    /// assert!(Task::Piqa.is_drawn_with_spare() && !Task::Mmlu.is_drawn_with_spare());
+    /// ```
     pub fn of(path: &Path) -> Option<Task> {
         path.file_stem()?.to_str()?.parse().ok()
     }
@@ -74,7 +94,7 @@ impl Task {
     }
 
     /// Whether the harness reports accuracy normalised by length.
-    pub fn has_norm(self) -> bool {
+    pub(crate) fn has_norm(self) -> bool {
         matches!(self, Task::ArcChallenge | Task::ArcEasy | Task::HellaSwag | Task::OpenBookQa | Task::Piqa)
     }
 }
@@ -82,6 +102,20 @@ impl Task {
 /// Reads a file; its records are those of a task, or written out.
 ///
 /// Errors: Io; Format, naming the line and what is missing there; Argument when there are no records.
+///
+/// ```
+/// use mindskip::eval::{Ask, Task, task};
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("piqa.jsonl");
+/// let line = r#"{"goal": "Dry a dog", "sol1": "Use a towel", "sol2": "Use soup", "label": 0}"#;
+/// std::fs::write(&path, line).unwrap();
+/// let records = task::read(&path, Some(Task::Piqa))?;
+/// assert!(matches!(&records[0].ask, Ask::Choices { context, .. } if context == "Question: Dry a dog\nAnswer:"));
+/// assert_eq!(records[0].gold, 0);
+/// assert!(task::read(&path, None).is_err(), "its prompts are not written out");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub fn read(path: &Path, task: Option<Task>) -> Result<Vec<Record>> {
     let bytes = files::read(path)?;
     let mut rows = rows(path, &bytes).map_err(|e| e.at(path))?;

@@ -19,6 +19,23 @@ use crate::files;
 use crate::tokenizer::Tokenizer;
 
 /// The records of a file, tokenised.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::tune::data::{Dataset, Encoder};
+///
+/// let bundle = Bundle::embedded()?;
+/// let tokenizer = bundle.tokenizer()?;
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("data.jsonl");
+/// std::fs::write(&path, r#"{"prompt": "Tom had", "completion": " a red ball."}"#).unwrap();
+/// let encoder = Encoder { tokenizer: &tokenizer, template: None, eos: bundle.eos(), max_length: 256 };
+/// let data = Dataset::open(&path, &encoder)?;
+/// let prompt = tokenizer.encode("Tom had", true)?.len();
+/// assert_eq!(data.samples[0].counts.iter().position(|&counts| counts), Some(prompt), "the answer counts");
+/// assert_eq!((data.samples[0].ids.last(), data.truncated, data.dropped), (Some(&0), 0, 0));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dataset {
     pub samples: Vec<Sample>,

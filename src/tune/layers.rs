@@ -14,14 +14,61 @@ use crate::plot::Bars;
 use crate::router::Target;
 
 /// Of an answer token: the loss of the dense model, and those without the sub-layer of one layer, for every row.
+///
+/// ```
+/// use std::ops::ControlFlow;
+///
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::tune::layers::LayerCosts;
+/// use mindskip::tune::plan::StepLimits;
+/// use mindskip::tune::{Goal, Sample, Tuner};
+///
+/// let bundle = Bundle::embedded()?;
+/// let ids = bundle.tokenizer()?.encode("Once upon a time, there was a little girl named Lily.", true)?;
+/// let sample = Sample { counts: vec![true; ids.len()], ids, record: 1 };
+/// let mut routers = bundle.routers.expect("it comes with some");
+/// routers.weights = (0..8).map(|layer| (layer, vec![0.0; 128])).collect(); // all layers
+/// let limits = StepLimits { rows: 64, samples: 1, chunk: 64, recompute: true, memory: None };
+/// let backend = training_backend(&Options::default())?;
+/// let mut tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
+/// let samples = [sample];
+/// let costs = LayerCosts::measure(&mut tuner, &samples, Goal::Tokens, &mut |_| ControlFlow::Continue(()))?;
+/// let best = costs.cheapest(3);
+/// assert!(!best.contains(&0) && costs.added(0) > costs.added(best[0]), "the first layer is needed");
+/// assert_eq!(costs.chart("stories", &best).bars.iter().filter(|(_, marked)| *marked).count(), 3);
+///
+/// let (dense, sums) = tuner.without_each(&[&samples[0]], Goal::Tokens)?; // what it rests on
+/// let answers = dense.answers as f64;
+/// assert_eq!((costs.dense, costs.skipped[4]), (dense.losses[0] / answers, sums[4] / answers));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LayerCosts {
+    /// In nats, as all of them.
     pub dense: f64,
     /// By layer.
     pub skipped: Vec<f64>,
 }
 
 /// What a measurement rests on; where it is kept is named by it.
+///
+/// ```
+/// use mindskip::router::Target;
+/// use mindskip::tune::layers::{LayerCosts, Measurement};
+/// use mindskip::tune::{Goal, Sample};
+///
+/// let sample = Sample { ids: vec![1, 2, 3], counts: vec![true; 3], record: 1 };
+/// let of = |fingerprint| Measurement::new(fingerprint, Target::Attn, Goal::Tokens, &[sample.clone()]);
+/// let (measurement, folder) = (of("this model"), tempfile::tempdir().unwrap());
+/// let path = measurement.path(folder.path());
+/// assert_eq!(measurement.kept(&path, 2), None);
+/// let costs = LayerCosts { dense: 2.0, skipped: vec![4.5, 2.125] };
+/// measurement.keep(&costs, &path)?;
+/// assert_eq!(measurement.kept(&path, 2), Some(costs));
+/// assert_ne!(of("another model").path(folder.path()), path);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Measurement {
     format: String,
@@ -92,6 +139,7 @@ impl LayerCosts {
         self.skipped[layer] - self.dense
     }
 
+    /// What each layer adds to the loss, the chosen ones marked.
     pub fn chart(&self, title: &str, chosen: &[usize]) -> Bars {
         let highest = chosen.iter().map(|&layer| self.added(layer)).fold(0.0, f64::max);
         Bars {
@@ -106,6 +154,7 @@ impl LayerCosts {
 }
 
 impl Measurement {
+    /// Of a model by its fingerprint, with these samples.
     pub fn new(fingerprint: &str, target: Target, goal: Goal, samples: &[Sample]) -> Measurement {
         let mut bytes = Vec::new();
         for sample in samples {

@@ -11,6 +11,32 @@ use crate::error::{Error, Kind, Result};
 use crate::files;
 use crate::plot::{Chart, Line, Pen};
 
+/// A log that is written.
+///
+/// ```
+/// use mindskip::tune::log::Log;
+/// use mindskip::tune::train::StepReport;
+///
+/// let report = |step| StepReport {
+///     step,
+///     loss: 1.5,
+///     capacity: 0.5,
+///     capacities: vec![0.25, 0.75],
+///     lambda: 0.2,
+///     lr: 0.01,
+///     tokens: 64,
+///     kept: None,
+/// };
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("log.jsonl");
+/// let mut log = Log::open(&path, 0)?;
+/// log.write(&report(1))?;
+/// log.write(&report(2))?;
+/// log.write(&serde_json::json!({"result": "no step"}))?;
+/// Log::open(&path, 1)?.write(&report(2))?; // goes on from a checkpoint of step 1
+/// assert_eq!(Log::steps(&path)?, [report(1), report(2)]);
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Log {
     path: PathBuf,
     file: BufWriter<File>,
@@ -54,6 +80,19 @@ fn failed(path: &Path, error: &io::Error) -> Error {
 }
 
 /// The loss over the steps, and the capacity, that of all `layers` and of each.
+///
+/// ```
+/// use mindskip::tune::log::charts;
+/// use mindskip::tune::train::StepReport;
+///
+/// let (capacities, kept) = (vec![0.25, 0.75], None);
+/// let report =
+///     StepReport { step: 1, loss: 1.5, capacity: 0.5, capacities, lambda: 0.2, lr: 0.01, tokens: 64, kept };
+/// let [loss, capacity] = charts("a run", &[3, 4], &[report]);
+/// assert_eq!((loss.title.as_str(), &loss.lines[0].points[..]), ("a run", &[(1.0, 1.5)][..]));
+/// let names: Vec<_> = capacity.lines.iter().map(|line| line.name.as_str()).collect();
+/// assert_eq!(names, ["layer 3", "layer 4", "all"]);
+/// ```
 pub fn charts(title: &str, layers: &[usize], steps: &[StepReport]) -> [Chart; 2] {
     let line = |name: String, pen, of: &dyn Fn(&StepReport) -> Option<f64>| Line {
         name,

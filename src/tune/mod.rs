@@ -51,6 +51,14 @@ named! {
 }
 
 /// A tokenised text.
+///
+/// ```
+/// use mindskip::tune::Sample;
+///
+/// let sample = Sample { ids: vec![7, 8, 9, 10], counts: vec![false, false, true, true], record: 1 };
+/// assert_eq!(sample.inputs(), [7, 8, 9]);
+/// assert_eq!(sample.answers().collect::<Vec<_>>(), [(1, 9), (2, 10)], "9 is right behind row 1");
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {
     /// At least two tokens.
@@ -77,6 +85,44 @@ impl Sample {
 }
 
 /// A frozen model and its routers, with the memory of a step.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::tune::plan::StepLimits;
+/// use mindskip::tune::{Goal, Sample, Ste, StepOutcome, StepSettings, Tuner};
+///
+/// let bundle = Bundle::embedded()?;
+/// let ids = bundle.tokenizer()?.encode("Once upon a time, there was a little girl named Lily.", true)?;
+/// let (sample, rows) = (Sample { counts: vec![true; ids.len()], ids: ids.clone(), record: 1 }, ids.len() - 1);
+/// let limits = StepLimits { rows, samples: 1, chunk: 64, recompute: false, memory: None };
+/// let (routers, backend) = (bundle.routers.expect("it comes with some"), training_backend(&Options::default())?);
+/// let mut values: Vec<f32> = routers.weights.values().flatten().copied().collect();
+/// let mut tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
+/// assert_eq!((tuner.layers(), tuner.config().hidden), (&[3, 4, 5, 6, 7][..], 128));
+/// assert_eq!((tuner.plan().first, tuner.plan().limits), (3, limits));
+///
+/// // Gradient descent without a trainer: all rows of all layers shall become active.
+/// let scale = 1.0 / rows as f32;
+/// let (loss_scale, capacity_scale) = (scale, scale);
+/// let settings =
+///     StepSettings { goal: Goal::Tokens, ste: Ste::Full, loss_scale, lambda: 1.0, target: 0.0, capacity_scale };
+/// let before: StepOutcome = tuner.step(&[&sample], &settings)?;
+/// let gradients = tuner.take_gradients()?; // [routed layers, hidden]
+/// values.iter_mut().zip(&gradients).for_each(|(value, gradient)| *value -= 0.5 * gradient);
+/// tuner.set_routers(&values)?;
+/// let after = tuner.evaluate(&[&sample], Goal::Tokens, true)?;
+/// assert!(after.active.iter().sum::<usize>() < before.active.iter().sum(), "the penalty is on what is active");
+///
+/// let scores = tuner.scores(&[&sample])?;
+/// assert!(scores.len() == 5 * rows && scores.iter().all(|score| (0.0..1.0).contains(score)));
+/// tuner.set_thresholds(&[0.0; 5]);
+/// let all = tuner.evaluate(&[&sample], Goal::Tokens, true)?;
+/// let dense = tuner.evaluate(&[&sample], Goal::Tokens, false)?;
+/// assert_eq!((all.active, all.losses), (vec![rows; 5], dense.losses));
+/// assert!(tuner.meter().total().flops > 0 && tuner.counters().launches == 0, "no GPU");
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Tuner {
     model: Model,
     backend: Box<dyn TrainingBackend>,
@@ -89,7 +135,8 @@ impl Tuner {
     /// [`training_backend`](crate::engine::training_backend) makes; `goal` says whether there must be room for the dense
     /// model's distributions.
     ///
-    /// Errors: as of [`StepPlan::new`], [`RouterSet::check`] and [`Weights::tensor`].
+    /// Errors: Argument for no routers, and for limits of nothing; Memory when it does not fit, with the sizes and the knob; Unsupported
+    /// for shapes that the backend does not take; those of [`RouterSet::check`] and [`Weights::tensor`].
     pub fn new(
         config: Config,
         weights: &Weights,
@@ -213,7 +260,7 @@ impl Tuner {
         Ok(scores)
     }
 
-    /// The sums of the routers' gradients since they were read last, `[routed layers, hidden]`.
+    /// The sums of the routers' gradients since they were read last, `[routed layers, hidden]`. Errors: Device.
     pub fn take_gradients(&mut self) -> Result<Vec<f32>> {
         let from = self.plan.buffers.d_routers;
         let mut values = vec![0.0; from.rows * from.cols];
@@ -247,10 +294,12 @@ impl Tuner {
         self.model.routing.as_ref().map_or(&[], |r| &r.layers)
     }
 
+    /// The shape of its model.
     pub fn config(&self) -> &Config {
         &self.model.config
     }
 
+    /// The memory of its steps.
     pub fn plan(&self) -> &StepPlan {
         &self.plan
     }

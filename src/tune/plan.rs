@@ -27,7 +27,7 @@ pub struct StepLimits {
 /// the other layers nothing is kept but the inputs of those from the first routed one on, and, as far as memory allows, what
 /// the way back needs besides: see [`Kept`].
 #[derive(Debug, Clone, Copy)]
-pub struct StepBuffers {
+pub(crate) struct StepBuffers {
     /// `[R, hidden]`: the residual stream, and its gradient
     pub x: Mat,
     pub d_x: Mat,
@@ -101,7 +101,7 @@ pub struct StepBuffers {
 
 /// What the last layers keep besides their inputs and K/V, n of them.
 #[derive(Debug, Clone, Copy)]
-pub struct Kept {
+pub(crate) struct Kept {
     /// `[n · R, hidden]`: the residual stream behind attention
     pub x: Mat,
     /// `[n · R, heads·head_dim]`: queries, and what attention gave them
@@ -113,10 +113,28 @@ pub struct Kept {
 }
 
 /// What a training run takes, in bytes, and where its buffers stand.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::tune::plan::{StepLimits, StepPlan};
+/// use mindskip::tune::{Goal, Tuner};
+///
+/// let bundle = Bundle::embedded()?;
+/// let (routers, backend) = (bundle.routers.expect("it comes with some"), training_backend(&Options::default())?);
+/// let limits = StepLimits { rows: 100, samples: 2, chunk: 64, recompute: true, memory: None };
+/// let tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
+/// let plan: &StepPlan = tuner.plan();
+/// assert_eq!(plan.inputs(), 5 * 100 * 128 * 4, "layers 3 to 7, f32");
+/// assert_eq!(plan.total(), plan.weights + plan.arena + plan.ints + plan.workspace + plan.kv_bytes());
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct StepPlan {
     pub limits: StepLimits,
+    /// As the backend holds them.
     pub weights: u64,
+    /// The activation and integer arenas.
     pub arena: u64,
     pub ints: u64,
     /// What the backend needs beside its buffers.
@@ -127,14 +145,14 @@ pub struct StepPlan {
     pub first: usize,
     /// How many layers, the last ones, keep their activations.
     pub kept: usize,
-    pub buffers: StepBuffers,
+    pub(crate) buffers: StepBuffers,
 }
 
 impl StepPlan {
     /// For a model whose lowest routed layer is `first` of `routed`; `distill` when the dense model's distribution is
     /// the goal. Errors: Argument for limits of nothing; Memory when it does not fit, with the sizes and the knob;
     /// Unsupported for shapes that the backend does not take.
-    pub fn new(
+    pub(crate) fn new(
         config: &Config,
         first: usize,
         routed: usize,
@@ -194,7 +212,7 @@ impl StepPlan {
                     Size(available),
                     Size(weights),
                     Size(plan.total() - weights),
-                    Size(plan.buffers.saved.bytes() as u64),
+                    Size(plan.inputs()),
                     config.layers - 1,
                 ),
             )
@@ -202,10 +220,17 @@ impl StepPlan {
         }
     }
 
+    /// Bytes of the K/V.
     pub fn kv_bytes(&self) -> u64 {
         self.kv.pages as u64 * self.kv.page_bytes() as u64
     }
 
+    /// Bytes of the layers' inputs that a step keeps, those from `first` on; a part of `arena`.
+    pub fn inputs(&self) -> u64 {
+        self.buffers.saved.bytes() as u64
+    }
+
+    /// Bytes of everything together.
     pub fn total(&self) -> u64 {
         let parts = [self.arena, self.ints, self.workspace, self.kv_bytes()];
         parts.into_iter().fold(self.weights, u64::saturating_add)

@@ -37,10 +37,38 @@ const CALIBRATIONS: usize = 6;
 const NEAR: f64 = 0.004;
 
 /// What a run is to do.
+///
+/// ```
+/// use mindskip::router::RouterSettings;
+/// use mindskip::tune::train::TrainSettings;
+/// use mindskip::tune::{Goal, Sample, Ste};
+///
+/// let settings = TrainSettings {
+///     router: RouterSettings::default(),
+///     goal: Goal::Dense.name(),
+///     ste: Ste::Full.name(),
+///     lr: 0.01,
+///     target: 0.6,
+///     lambda: None,
+///     calibrate: true,
+///     batch: 4,
+///     steps: 100,
+///     seed: 0,
+///     val_split: 0.25,
+/// };
+/// settings.check()?;
+/// assert!(settings.goal() == Goal::Dense && TrainSettings { lr: -1.0, ..settings.clone() }.check().is_err());
+/// let sample = |record| Sample { ids: vec![1, 2], counts: vec![true; 2], record };
+/// let (training, held_out) = settings.split((1..=8).map(sample).collect())?;
+/// assert_eq!((training.len(), held_out.len()), (6, 2));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainSettings {
     #[serde(skip)]
+    /// How the routers are used.
     pub router: RouterSettings,
+    /// The names of a [`Goal`] and a [`Ste`].
     pub goal: &'static str,
     pub ste: &'static str,
     /// Of AdamW, at its highest.
@@ -60,6 +88,7 @@ pub struct TrainSettings {
 }
 
 impl TrainSettings {
+    /// What the loss compares with, by its name. Panics on a name that is none.
     pub fn goal(&self) -> Goal {
         self.goal.parse().expect("a name")
     }
@@ -109,6 +138,7 @@ pub struct TrainState {
     pub routers: Vec<f32>,
     pub means: Vec<f32>,
     pub squares: Vec<f32>,
+    /// Of the capacity penalty in the next step.
     pub lambda: f64,
 }
 
@@ -117,11 +147,12 @@ pub struct TrainState {
 pub struct StepReport {
     /// From 1.
     pub step: usize,
-    /// Of an answer token.
+    /// Of an answer token, in nats.
     pub loss: f64,
     /// The share of active (token, routed layer) pairs, and by routed layer.
     pub capacity: f64,
     pub capacities: Vec<f64>,
+    /// Of the capacity penalty, and of AdamW.
     pub lambda: f64,
     pub lr: f64,
     /// Tokens that passed the layers.
@@ -134,12 +165,71 @@ pub struct StepReport {
 /// How good a model is on some samples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Evaluation {
-    /// Of an answer token.
+    /// Of an answer token, in nats.
     pub loss: f64,
+    /// The share of active (token, routed layer) pairs.
     pub capacity: f64,
 }
 
 /// A run, from its first step or from a checkpoint.
+///
+/// ```
+/// use mindskip::bundle::Bundle;
+/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::router::{RouterSet, RouterSettings};
+/// use mindskip::tune::data::Dataset;
+/// use mindskip::tune::plan::StepLimits;
+/// use mindskip::tune::train::{Evaluation, StepReport, TrainSettings, TrainState, Trainer};
+/// use mindskip::tune::{Goal, Sample, Ste, Tuner};
+///
+/// let bundle = Bundle::embedded()?;
+/// let (tokenizer, routers) = (bundle.tokenizer()?, bundle.routers.expect("it comes with some"));
+/// let mut samples = Vec::new();
+/// for text in ["Tom had a red ball.", "The dog ran to the park.", "Lily saw a bird.", "Once upon a time"] {
+///     let ids = tokenizer.encode(text, true)?;
+///     samples.push(Sample { counts: vec![true; ids.len()], ids, record: samples.len() + 1 });
+/// }
+/// let data = Dataset { samples, truncated: 0, dropped: 0, hash: String::new(), path: "texts".into() };
+/// let (router, goal, ste) = (RouterSettings::default(), Goal::Tokens.name(), Ste::Full.name());
+/// let (lr, target, lambda, calibrate) = (0.02, 0.5, None, false);
+/// let settings =
+///     TrainSettings { router, goal, ste, lr, target, lambda, calibrate, batch: 2, steps: 2, seed: 0, val_split: 0.25 };
+/// let new = || -> mindskip::Result<Trainer> {
+///     let limits = StepLimits { rows: 64, samples: 2, chunk: 64, recompute: false, memory: None };
+///     let backend = training_backend(&Options::default())?;
+///     // With room for the dense model's distributions, as the text that is kept needs them.
+///     let (config, set) = (bundle.config.clone(), routers.clone());
+///     let tuner = Tuner::new(config, &bundle.weights, set, Goal::Dense, limits, backend)?;
+///     let mut trainer = Trainer::new(tuner, settings.clone(), data.clone(), bundle.weights.fingerprint())?;
+///     trainer.keep(data.clone());
+///     trainer.start_from(&routers)?; // or from zeros
+///     Ok(trainer)
+/// };
+///
+/// let mut trainer = new()?;
+/// assert_eq!((trainer.held_out().len(), trainer.settings().steps), (1, 2));
+/// let dense: Option<Evaluation> = trainer.evaluate(false)?;
+/// let first: StepReport = trainer.step()?;
+/// assert!(first.kept.is_some() && !trainer.is_done());
+///
+/// // Another process goes on to the same bits.
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("checkpoint.safetensors");
+/// trainer.save(&path)?;
+/// let mut other = new()?;
+/// other.resume(&path)?;
+/// let state: &TrainState = &other.state;
+/// assert_eq!((state.step, other.step()?), (1, trainer.step()?));
+///
+/// let other_text = trainer.held_out().to_vec();
+/// trainer.hold_out(data.samples[..2].to_vec());
+/// let loss = trainer.evaluate_on(&other_text, true)?.loss;
+/// assert!(loss.is_finite() && trainer.tuner().layers() == [3, 4, 5, 6, 7]);
+/// let (set, routed): (RouterSet, Option<Evaluation>) = trainer.finish(dense)?;
+/// assert!(trainer.is_done() && routed.is_some_and(|routed| routed.capacity < 1.0));
+/// assert_eq!((set.weights.len(), set.metadata["steps"].as_str()), (5, "2"));
+/// # Ok::<(), mindskip::Error>(())
+/// ```
 pub struct Trainer {
     tuner: Tuner,
     settings: TrainSettings,
@@ -156,6 +246,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
+    /// A run of a tuner over some data; `fingerprint` is that of its model ([`Weights::fingerprint`](crate::weights::Weights::fingerprint)).
+    ///
     /// Errors: Argument for settings out of range, or when nothing is left to train with.
     pub fn new(tuner: Tuner, settings: TrainSettings, data: Dataset, fingerprint: String) -> Result<Self> {
         settings.check()?;
@@ -194,18 +286,17 @@ impl Trainer {
         })
     }
 
+    /// What the run is to do.
     pub fn settings(&self) -> &TrainSettings {
         &self.settings
     }
 
+    /// What computes its steps.
     pub fn tuner(&mut self) -> &mut Tuner {
         &mut self.tuner
     }
 
-    pub fn training(&self) -> &[Sample] {
-        &self.training
-    }
-
+    /// The samples that it is evaluated with.
     pub fn held_out(&self) -> &[Sample] {
         &self.held_out
     }
@@ -232,6 +323,7 @@ impl Trainer {
         Ok(())
     }
 
+    /// Whether all steps were taken.
     pub fn is_done(&self) -> bool {
         self.state.step >= self.settings.steps
     }
@@ -384,8 +476,8 @@ impl Trainer {
         Ok(best.1)
     }
 
-    /// The loss of an answer token, and the capacity; None without samples. `routed`: with the routers, or the dense
-    /// model.
+    /// The loss of an answer token, in nats, and the capacity; None without samples. `routed`: with the routers, or the dense
+    /// model. Errors: as of [`Tuner::evaluate`].
     pub fn evaluate(&mut self, routed: bool) -> Result<Option<Evaluation>> {
         let held_out = std::mem::take(&mut self.held_out);
         let found = match held_out.is_empty() {
@@ -396,7 +488,7 @@ impl Trainer {
         found
     }
 
-    /// The same on other samples, one or more.
+    /// The same on other samples, one or more. Errors: as of [`Tuner::evaluate`].
     pub fn evaluate_on(&mut self, samples: &[Sample], routed: bool) -> Result<Evaluation> {
         self.tuner.set_routers(&self.state.routers)?;
         let samples: Vec<&Sample> = samples.iter().collect();
@@ -409,7 +501,7 @@ impl Trainer {
     }
 
     /// Ends a run: the threshold, what the routers do on the held-out samples, and the set to be saved. `dense` is what
-    /// the dense model does there.
+    /// the dense model does there. Errors: as of [`Tuner::evaluate`].
     pub fn finish(&mut self, dense: Option<Evaluation>) -> Result<(RouterSet, Option<Evaluation>)> {
         self.tuner.set_routers(&self.state.routers)?;
         let settings = self.settings.router;

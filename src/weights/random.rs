@@ -14,6 +14,16 @@ impl Weights {
     /// Random weights for all that a model of this shape has, in one type. They are made where they are used, on the device
     /// where there is one. Norms are near 1 and matrices keep the size of what goes through them, so that activations stay
     /// what they are in a trained model: around 1.
+    ///
+    /// ```
+    /// use mindskip::bench::shape;
+    /// use mindskip::tensor::DType;
+    /// use mindskip::weights::Weights;
+    ///
+    /// let weights = Weights::random("an 8B", &shape("llama-3-8b")?, DType::BF16, 0); // nothing is made yet
+    /// assert_eq!(weights.parameters(), 8_030_261_248);
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
     pub fn random(name: &str, config: &Config, dtype: DType, seed: u64) -> Weights {
         let stored = match dtype {
             DType::F32 => Dtype::F32,
