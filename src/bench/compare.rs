@@ -19,7 +19,7 @@ use crate::files;
 ///
 /// use mindskip::bench::Saved;
 ///
-/// let path = Path::new("benches/results/stories.json"); // of `mindskip bench --format json -o`
+/// let path = Path::new("examples/bench.json"); // of `mindskip bench --format json -o`
 /// assert_eq!(Saved::open(path)?, Saved::parse(&std::fs::read(path).unwrap())?);
 /// assert!(Saved::parse(b"[]").is_err(), "no measurement");
 /// # Ok::<(), mindskip::Error>(())
@@ -208,7 +208,7 @@ fn settings(head: &Head) -> Vec<(&'static str, String)> {
 ///
 /// use mindskip::bench::{Compared, Comparison, Format, Row, Saved, Verdict, What, compare, write};
 ///
-/// let path = Path::new("benches/results/stories.json");
+/// let path = Path::new("examples/bench.json");
 /// let mut rows: Vec<Row> = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
 /// for decode in rows.iter_mut().filter_map(|row| row.decode.as_mut()) {
 ///     decode.samples.iter_mut().for_each(|seconds| *seconds *= 10.0);

@@ -23,7 +23,7 @@ const WIDE: f64 = 4.0;
 /// ```
 /// use mindskip::bench::{Row, charts};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let file = std::fs::read("examples/bench.json").unwrap();
 /// let rows: Vec<Row> = serde_json::from_slice(&file).unwrap();
 /// let charts = charts(&rows);
 /// let titles: Vec<_> = charts.iter().map(|chart| chart.title.split(',').next().unwrap()).collect();

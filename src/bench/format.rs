@@ -79,7 +79,7 @@ pub trait Lines: Serialize {
 /// ```
 /// use mindskip::bench::{Format, Row, write};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let file = std::fs::read("examples/bench.json").unwrap();
 /// let rows: Vec<Row> = serde_json::from_slice(&file).unwrap();
 /// let mut out = Vec::new();
 /// write("jsonl".parse()?, &rows, &mut out).unwrap();
@@ -123,7 +123,7 @@ pub(crate) fn write_lines<R: Serialize, N: AsRef<str>>(
 /// ```
 /// use mindskip::bench::{Format, Row, Saved, save};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let file = std::fs::read("examples/bench.json").unwrap();
 /// let rows: Vec<Row> = serde_json::from_slice(&file).unwrap();
 /// let folder = tempfile::tempdir().unwrap();
 /// let path = folder.path().join("again.jsonl");

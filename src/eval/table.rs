@@ -21,7 +21,7 @@ use crate::files;
 /// use mindskip::eval::table::{TableRow, set_deltas};
 /// use mindskip::eval::{Mean, TaskScore};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap(); // of `mindskip bench`
+/// let file = std::fs::read("examples/bench.json").unwrap(); // of `mindskip bench`
 /// let [dense, routed]: [Row; 2] = serde_json::from_slice(&file).unwrap();
 /// let score = |right: &[bool]| {
 ///     [TaskScore { task: "rte".into(), records: 4, shots: 0, acc: Mean::of(right), acc_norm: None, cut: 0 }]
@@ -120,7 +120,7 @@ impl TableRow {
 /// use mindskip::bench::Row;
 /// use mindskip::eval::table::{TableRow, set_deltas};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let file = std::fs::read("examples/bench.json").unwrap();
 /// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
 /// let row = |(speed, average)| TableRow { average, ..TableRow::new("…", None, 1.0, &[], speed) };
 /// let mut rows: Vec<TableRow> = speeds.into_iter().zip([0.75, 0.5]).map(row).collect();
@@ -138,7 +138,7 @@ pub fn set_deltas(rows: &mut [TableRow]) {
 /// use mindskip::bench::{Format, Row};
 /// use mindskip::eval::table::{TableRow, write};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let file = std::fs::read("examples/bench.json").unwrap();
 /// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
 /// let row = |speed| TableRow { average: 0.625, ..TableRow::new("…", None, 1.0, &[], speed) };
 /// let rows: Vec<TableRow> = speeds.into_iter().map(row).collect();
@@ -157,7 +157,7 @@ pub fn write(format: Format, rows: &[TableRow], out: &mut dyn Write) -> io::Resu
 /// use mindskip::bench::{Format, Row};
 /// use mindskip::eval::table::{TableRow, save};
 ///
-/// let file = std::fs::read("benches/results/stories.json").unwrap();
+/// let file = std::fs::read("examples/bench.json").unwrap();
 /// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
 /// let row = |speed| TableRow { average: 0.625, ..TableRow::new("…", None, 1.0, &[], speed) };
 /// let rows: Vec<TableRow> = speeds.into_iter().map(row).collect();
