@@ -19,7 +19,7 @@ use crate::router::Target;
 /// use std::ops::ControlFlow;
 ///
 /// use mindskip::bundle::Bundle;
-/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::engine::{Device, Options, training_backend};
 /// use mindskip::tune::layers::LayerCosts;
 /// use mindskip::tune::plan::StepLimits;
 /// use mindskip::tune::{Goal, Sample, Tuner};
@@ -30,7 +30,7 @@ use crate::router::Target;
 /// let mut routers = bundle.routers.expect("it comes with some");
 /// routers.weights = (0..8).map(|layer| (layer, vec![0.0; 128])).collect(); // all layers
 /// let limits = StepLimits { rows: 64, samples: 1, chunk: 64, recompute: true, memory: None };
-/// let backend = training_backend(&Options::default())?;
+/// let backend = training_backend(&Options { device: Device::Cpu, ..Options::default() })?;
 /// let mut tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
 /// let samples = [sample];
 /// let costs = LayerCosts::measure(&mut tuner, &samples, Goal::Tokens, &mut |_| ControlFlow::Continue(()))?;

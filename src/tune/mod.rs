@@ -88,7 +88,7 @@ impl Sample {
 ///
 /// ```
 /// use mindskip::bundle::Bundle;
-/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::engine::{Device, Options, training_backend};
 /// use mindskip::tune::plan::StepLimits;
 /// use mindskip::tune::{Goal, Sample, Ste, StepOutcome, StepSettings, Tuner};
 ///
@@ -96,7 +96,8 @@ impl Sample {
 /// let ids = bundle.tokenizer()?.encode("Once upon a time, there was a little girl named Lily.", true)?;
 /// let (sample, rows) = (Sample { counts: vec![true; ids.len()], ids: ids.clone(), record: 1 }, ids.len() - 1);
 /// let limits = StepLimits { rows, samples: 1, chunk: 64, recompute: false, memory: None };
-/// let (routers, backend) = (bundle.routers.expect("it comes with some"), training_backend(&Options::default())?);
+/// let backend = training_backend(&Options { device: Device::Cpu, ..Options::default() })?;
+/// let routers = bundle.routers.expect("it comes with some");
 /// let mut values: Vec<f32> = routers.weights.values().flatten().copied().collect();
 /// let mut tuner = Tuner::new(bundle.config, &bundle.weights, routers, Goal::Tokens, limits, backend)?;
 /// assert_eq!((tuner.layers(), tuner.config().hidden), (&[3, 4, 5, 6, 7][..], 128));

@@ -175,7 +175,7 @@ pub struct Evaluation {
 ///
 /// ```
 /// use mindskip::bundle::Bundle;
-/// use mindskip::engine::{Options, training_backend};
+/// use mindskip::engine::{Device, Options, training_backend};
 /// use mindskip::router::{RouterSet, RouterSettings};
 /// use mindskip::tune::data::Dataset;
 /// use mindskip::tune::plan::StepLimits;
@@ -196,7 +196,7 @@ pub struct Evaluation {
 ///     TrainSettings { router, goal, ste, lr, target, lambda, calibrate, batch: 2, steps: 2, seed: 0, val_split: 0.25 };
 /// let new = || -> mindskip::Result<Trainer> {
 ///     let limits = StepLimits { rows: 64, samples: 2, chunk: 64, recompute: false, memory: None };
-///     let backend = training_backend(&Options::default())?;
+///     let backend = training_backend(&Options { device: Device::Cpu, ..Options::default() })?;
 ///     // With room for the dense model's distributions, as the text that is kept needs them.
 ///     let (config, set) = (bundle.config.clone(), routers.clone());
 ///     let tuner = Tuner::new(config, &bundle.weights, set, Goal::Dense, limits, backend)?;
