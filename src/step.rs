@@ -6,6 +6,8 @@
 
 use std::ops::{ControlFlow, Range};
 
+use serde::{Deserialize, Serialize};
+
 use crate::backend::{Backend, Draw, Ints, Mat, Next, RowSet, Sample, StepKey, Take, UNDECIDED, mix};
 use crate::error::{Error, Kind, Result};
 use crate::kv::{KvCache, Slot};
@@ -37,7 +39,7 @@ struct SeqRows {
 }
 
 /// How much of the depth was used, since the engine was built or [`Activity::clear`].
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
     /// Tokens that were processed.
     pub tokens: u64,
@@ -49,6 +51,13 @@ impl Activity {
     pub fn clear(&mut self) {
         self.tokens = 0;
         self.active.fill(0);
+    }
+
+    /// Counts those of another time as well.
+    pub fn add(&mut self, other: &Activity) {
+        self.tokens += other.tokens;
+        self.active.resize(self.active.len().max(other.active.len()), 0);
+        self.active.iter_mut().zip(&other.active).for_each(|(sum, own)| *sum += own);
     }
 
     /// The share of a layer's tokens that were active; 1 when there were none.

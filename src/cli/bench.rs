@@ -235,10 +235,6 @@ fn granularities(text: &str) -> Result<Granularities> {
     names.iter().map(|name| name.parse()).collect::<Result<_>>().map(Granularities)
 }
 
-fn format(text: &str) -> Result<Format> {
-    text.parse()
-}
-
 impl On {
     fn subject(&self) -> Result<(Subject, Option<RouterSet>)> {
         if let Some(Shape { name, config }) = &self.shape {

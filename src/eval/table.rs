@@ -29,10 +29,41 @@ pub struct TableRow {
     pub scores: BTreeMap<String, Mean>,
     /// Of the scores.
     pub average: f64,
-    /// The average less that of the dense model.
-    pub delta: f64,
+    /// The average less that of the dense model, see [`Quality::beside`].
+    pub delta: Mean,
     /// How it was measured, with the share that was active there.
     pub speed: Row,
+}
+
+/// How well a way answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quality {
+    /// The share of (token, routed layer) pairs that were active.
+    pub capacity: f64,
+    /// By task.
+    pub scores: Vec<TaskScore>,
+    /// By task and record: whether what [`TaskScore::main`] counts was right.
+    pub right: Vec<Vec<bool>>,
+}
+
+impl Quality {
+    fn average(&self) -> f64 {
+        self.scores.iter().map(|score| score.main().mean).sum::<f64>() / self.scores.len() as f64
+    }
+
+    /// What the average gains or loses on that of `dense`, which answered the same records. Its standard error is that of the
+    /// records' differences: what both get right, or both get wrong, adds none.
+    pub fn beside(&self, dense: &Quality) -> Mean {
+        let error = |(own, dense): (&Vec<bool>, &Vec<bool>)| {
+            let n = own.len() as f64;
+            let differences = || own.iter().zip(dense).map(|(&own, &dense)| f64::from(own) - f64::from(dense));
+            let mean = differences().sum::<f64>() / n;
+            (own.len() > 1).then(|| differences().map(|d| (d - mean).powi(2)).sum::<f64>() / (n - 1.0) / n)
+        };
+        let squares: Option<f64> = self.right.iter().zip(&dense.right).map(error).sum();
+        let stderr = squares.map(|squares| squares.sqrt() / self.right.len() as f64);
+        Mean { mean: self.average() - dense.average(), stderr }
+    }
 }
 
 impl TaskScore {
@@ -44,9 +75,8 @@ impl TaskScore {
 }
 
 impl TableRow {
-    /// The routers of a file, or none, with what they did in the tasks and the measurement. `delta` is 0.
-    pub fn new(command: &str, routers: Option<&Path>, capacity: f64, scores: &[TaskScore], speed: Row) -> TableRow {
-        let scores: BTreeMap<String, Mean> = scores.iter().map(|score| (score.task.clone(), score.main())).collect();
+    /// The routers of a file, or none, with what they did in the tasks, beside the dense model, and the measurement.
+    pub fn new(command: &str, routers: Option<&Path>, quality: &Quality, dense: &Quality, speed: Row) -> TableRow {
         TableRow {
             command: command.into(),
             model: speed.head.model.clone(),
@@ -54,10 +84,10 @@ impl TableRow {
             routers: routers.map(|path| path.display().to_string()),
             keys: speed.keys.clone(),
             layers: speed.layers.clone(),
-            capacity,
-            average: scores.values().map(|score| score.mean).sum::<f64>() / scores.len() as f64,
-            scores,
-            delta: 0.0,
+            capacity: quality.capacity,
+            scores: quality.scores.iter().map(|score| (score.task.clone(), score.main())).collect(),
+            average: quality.average(),
+            delta: quality.beside(dense),
             speed,
         }
     }
@@ -85,19 +115,17 @@ impl TableRow {
         .map(|(name, cell)| (name.to_string(), cell))
         .to_vec();
         cells.extend(self.scores.iter().map(|(task, score)| (task.clone(), percent(score.mean))));
-        let delta = if dense { "-".into() } else { format!("{:+.2}", self.delta * 100.0) };
+        let delta = match self.delta {
+            _ if dense => "-".into(),
+            Mean { mean, stderr: Some(stderr) } => format!("{:+.2} ± {}", mean * 100.0, percent(stderr)),
+            Mean { mean, .. } => format!("{:+.2}", mean * 100.0),
+        };
         for (name, cell) in [("average", percent(self.average)), ("delta", delta), ("capacity", percent(self.capacity))]
         {
             cells.push((name.into(), cell));
         }
         cells
     }
-}
-
-/// Sets what each row gains or loses on the first, which is the dense model's.
-pub fn set_deltas(rows: &mut [TableRow]) {
-    let dense = rows.first().map_or(0.0, |row| row.average);
-    rows.iter_mut().for_each(|row| row.delta = row.average - dense);
 }
 
 /// Writes rows.
@@ -108,4 +136,34 @@ pub fn write(format: Format, rows: &[TableRow], out: &mut dyn Write) -> io::Resu
 /// Writes rows into a file, all or nothing. Errors: Io.
 pub fn save(format: Format, rows: &[TableRow], path: &Path) -> Result<()> {
     files::write_atomically(path, |out| write(format, rows, out))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quality(right: &[&[bool]]) -> Quality {
+        let score = |right: &&[bool]| TaskScore {
+            task: "t".into(),
+            records: right.len(),
+            shots: 0,
+            acc: Mean::of(right),
+            acc_norm: None,
+            cut: 0,
+        };
+        let scores = right.iter().map(score).collect();
+        Quality { capacity: 1.0, scores, right: right.iter().map(|right| right.to_vec()).collect() }
+    }
+
+    #[test]
+    fn differences_are_those_of_the_records() {
+        let dense = quality(&[&[true, false, true, true], &[false, true]]);
+        assert_eq!(dense.beside(&dense), Mean { mean: 0.0, stderr: Some(0.0) });
+        // −1, 0, 0, 0: deviation 0.5, error 0.25; 1, 0: deviation √½, error ½.
+        let own = quality(&[&[false, false, true, true], &[true, true]]);
+        let Mean { mean, stderr } = own.beside(&dense);
+        assert!((mean - 0.125).abs() < 1e-12, "{mean}");
+        assert!((stderr.unwrap() - (0.0625_f64 + 0.25).sqrt() / 2.0).abs() < 1e-12, "{stderr:?}");
+        assert_eq!(quality(&[&[true]]).beside(&quality(&[&[false]])), Mean { mean: 1.0, stderr: None });
+    }
 }
