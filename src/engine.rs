@@ -305,7 +305,8 @@ impl Engine {
         ensure!(self.is_open(seq), Argument, "a sequence that was closed, or is another engine's");
         let found = self.marks[slot].iter().position(|held| held.id == mark.id);
         let Some(at) = found else {
-            return Err(Error::new(Kind::Argument, "the sequence was rewound to before this mark"));
+            return Err(Error::new(Kind::Argument, "the sequence was rewound to before this mark")
+                .action("make another mark where it is now"));
         };
         self.state.settle(self.backend.as_mut(), &self.model)?;
         self.marks[slot].truncate(at + 1);

@@ -5,6 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Component, Path};
 
 use memmap2::Mmap;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Kind, Result, ensure};
 use crate::tensor::Bytes;
@@ -34,6 +35,11 @@ pub fn read_small(path: &Path) -> Result<Vec<u8>> {
 /// The same of a file that may be absent.
 pub fn read_if_exists(path: &Path) -> Result<Option<Vec<u8>>> {
     if path.exists() { read_small(path).map(Some) } else { Ok(None) }
+}
+
+/// 32 hex digits of the SHA-256.
+pub(crate) fn digest(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)[..16].iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Maps a file read-only. Any number of processes may map one file; they share its memory.

@@ -6,6 +6,8 @@
 
 use std::ops::{ControlFlow, Range};
 
+use serde::{Deserialize, Serialize};
+
 use crate::backend::{Backend, Draw, Ints, Mat, Next, RowSet, Sample, StepKey, Take, UNDECIDED, mix};
 use crate::error::{Error, Kind, Result};
 use crate::kv::{KvCache, Slot};
@@ -41,10 +43,12 @@ struct SeqRows {
 /// ```
 /// use mindskip::engine::Activity;
 ///
-/// let activity = Activity { tokens: 10, active: vec![10, 4, 6] }; // as Engine::activity gives it
+/// let mut activity = Activity { tokens: 10, active: vec![10, 4, 6] }; // as Engine::activity gives it
 /// assert_eq!((activity.capacity(1), activity.mean_capacity(&[1, 2])), (0.4, 0.5));
+/// activity.add(&Activity { tokens: 10, active: vec![10, 0, 0] });
+/// assert_eq!((activity.tokens, activity.capacity(1)), (20, 0.2));
 /// ```
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
     /// Tokens that were processed.
     pub tokens: u64,
@@ -56,6 +60,13 @@ impl Activity {
     pub(crate) fn clear(&mut self) {
         self.tokens = 0;
         self.active.fill(0);
+    }
+
+    /// Counts those of another time as well.
+    pub fn add(&mut self, other: &Activity) {
+        self.tokens += other.tokens;
+        self.active.resize(self.active.len().max(other.active.len()), 0);
+        self.active.iter_mut().zip(&other.active).for_each(|(sum, own)| *sum += own);
     }
 
     /// The share of a layer's tokens that were active; 1 when there were none.

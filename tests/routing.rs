@@ -145,10 +145,15 @@ fn chunked_prefill_equals_the_masked_reference() {
     each_prompt(|case, prompt| check_alone(case, prompt, &Options { chunk: Some(4), ..options(1, 64) }));
 }
 
+/// On the emulator all of them take minutes: only one of so many.
+fn one_of(on_the_emulator: usize) -> usize {
+    if std::env::var("MINDSKIP_TEST_DEVICE").as_deref() == Ok("emulate") { on_the_emulator } else { 1 }
+}
+
 /// A batch of uneven prompts gives every member the bits that it has alone, in prefill and decode, however it is chunked.
 #[test]
 fn a_batch_equals_its_members_alone() {
-    for case in cases() {
+    for case in cases().into_iter().step_by(one_of(3)) {
         let golden = Golden::open(&root().join(&case.file));
         let prompts: Vec<_> = (0..case.prompts).map(|number| Prompt { golden: &golden, number }).collect();
         let mut alone = Vec::new();
@@ -159,7 +164,7 @@ fn a_batch_equals_its_members_alone() {
             rows.extend(prompt.ints("greedy").iter().map(|&id| engine.decode(&[(seq, id)]).unwrap().to_vec()));
             alone.push(rows);
         }
-        for chunk in [256, 8, 3] {
+        for chunk in [8, 256, 3].into_iter().step_by(one_of(2)) {
             let mut engine = case.engine(&Options { chunk: Some(chunk), ..options(case.prompts, 64) });
             let vocab = engine.config().vocab;
             let seqs: Vec<_> = prompts.iter().map(|_| engine.open().unwrap()).collect();
@@ -195,7 +200,7 @@ fn prefill_equals_prefill_and_decode() {
         let whole = engine.prefill(&[(seq, all)]).unwrap().to_vec();
         let decisions = engine.trace().unwrap();
         engine.close(seq).unwrap();
-        for k in [1, 5, 13] {
+        for k in [1, 5, 13].into_iter().step_by(one_of(2)) {
             let (head, tail) = all.split_at(all.len() - k);
             for by_decode in [true, false] {
                 let seq = engine.open().unwrap();
@@ -221,9 +226,8 @@ fn prefill_equals_prefill_and_decode() {
 
 const MODEL_LAYERS: [usize; 4] = [1, 2, 3, 4];
 
-/// Every combination; on the emulator, which takes minutes for all of them, one of 5.
+/// Every combination.
 fn all_settings() -> Vec<RouterSettings> {
-    let every = if std::env::var("MINDSKIP_TEST_DEVICE").as_deref() == Ok("emulate") { 5 } else { 1 };
     let mut all = Vec::new();
     for name in mindskip::router::Granularity::NAMES {
         for keys in [Keys::All, Keys::Active] {
@@ -233,7 +237,7 @@ fn all_settings() -> Vec<RouterSettings> {
             }
         }
     }
-    all.into_iter().step_by(every).collect()
+    all.into_iter().step_by(one_of(5)).collect()
 }
 
 /// Logits of a prompt and of some decode steps.

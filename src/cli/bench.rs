@@ -210,7 +210,7 @@ struct Machine {
 #[derive(Args)]
 struct Out {
     /// md, csv, json, or jsonl with a line for each row as it is measured.
-    #[arg(long, default_value = "md", value_parser = format, help_heading = "Output")]
+    #[arg(long, default_value = "md", help_heading = "Output")]
     format: Format,
     /// Written when all is measured, in place of standard output.
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
@@ -233,10 +233,6 @@ struct Granularities(Vec<Granularity>);
 fn granularities(text: &str) -> Result<Granularities> {
     let names = if text == "all" { &Granularity::NAMES[..] } else { &[text] };
     names.iter().map(|name| name.parse()).collect::<Result<_>>().map(Granularities)
-}
-
-fn format(text: &str) -> Result<Format> {
-    text.parse()
 }
 
 impl On {

@@ -183,16 +183,19 @@ impl Asked {
 }
 
 impl Prepared {
-    fn score(&self, engine: &mut Engine, work: &Work) -> Result<(TaskScore, Vec<Vec<f64>>)> {
+    fn of(&self, found: &[Vec<f64>]) -> TaskScore {
+        let cut = self.encoded.iter().flat_map(|(_, requests)| requests).filter(|request| request.cut).count();
+        TaskScore::of(&self.name, self.shots, cut, &self.records, found)
+    }
+
+    fn score(&self, engine: &mut Engine, work: &Work) -> Result<Vec<Vec<f64>>> {
         let name = &self.name;
         let all = self.requests.iter().map(Vec::len).sum();
         let mut bar = Bar::new(&format!("{} {{wide_bar}} {{pos}}/{{len}} {{eta}} left", plain(name)), 0, all);
-        let found = score(engine, work, &mut |done| {
+        score(engine, work, &mut |done| {
             bar.show(done, "", false, || format!("{name}: {done} of {all} choices"));
             stop()
-        })?;
-        let cut = self.encoded.iter().flat_map(|(_, requests)| requests).filter(|request| request.cut).count();
-        Ok((TaskScore::of(name, self.shots, cut, &self.records, &found), found))
+        })
     }
 
     fn samples(&self, found: &[Vec<f64>]) -> Vec<Sample> {
@@ -242,8 +245,8 @@ impl Scored {
         let start = Instant::now();
         let (mut scores, mut samples) = (Vec::new(), Vec::new());
         for (task, work) in tasks.iter().zip(&works) {
-            let (score, found) = task.score(&mut engine, work)?;
-            scores.push(score);
+            let found = task.score(&mut engine, work)?;
+            scores.push(task.of(&found));
             if self.samples.is_some() {
                 samples.extend(task.samples(&found));
             }

@@ -6,10 +6,12 @@
 //! | [`shots`] | solved records in front of the question |
 //! | [`request`] | a context and what may follow it, as text and as tokens |
 //! | [`score()`] | log-likelihoods of requests, with shared K/V |
+//! | [`answers`] | what was found before, in a file |
 //! | [`result`](mod@result) | accuracies, and what they may be off by |
 //! | [`perplexity`] | windows over a long text |
 //! | [`table`] | the paper's table: quality and speed of routers beside the dense model |
 
+pub mod answers;
 pub mod perplexity;
 mod python;
 pub mod request;
@@ -19,6 +21,7 @@ pub mod shots;
 pub mod table;
 pub mod task;
 
+pub use answers::{AnswerFile, Answers, Basis};
 pub use request::{Encoded, Request};
 pub use result::{Mean, TaskScore};
 pub use score::{Room, Work, score};

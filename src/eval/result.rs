@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::perplexity::{TextScore, Window};
 use super::request::Request;
-use super::task::{Ask, Record};
+use super::task::{Ask, Record, Task};
 use crate::bench::{Cells, Lines};
 use crate::error::Result;
 use crate::files;
@@ -25,6 +25,26 @@ pub struct Mean {
     pub mean: f64,
     /// The standard error: that of the sample, by the root of its size. None for a single record.
     pub stderr: Option<f64>,
+}
+
+/// Which records were answered right.
+///
+/// ```
+/// use mindskip::eval::result::Right;
+/// use mindskip::eval::{Ask, Record};
+///
+/// let ask = Ask::Choices { context: "Tom had a red".into(), choices: vec!["ball".into(), "ball and a kite".into()] };
+/// let record = Record { id: None, description: String::new(), ask, gold: 1 };
+/// let right = Right::of(&[record], &[vec![-2.0, -3.0]]);
+/// assert_eq!((&right.acc, &right.norm), (&vec![false], &Some(vec![true])), "-3 for more characters");
+/// assert_eq!((right.clone().main("piqa"), right.main("rte")), (vec![true], vec![false]));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Right {
+    /// The likeliest choice is right.
+    pub acc: Vec<bool>,
+    /// The choice that is likeliest by its characters is right. None where the choices are contexts.
+    pub norm: Option<Vec<bool>>,
 }
 
 /// A task's score.
@@ -132,13 +152,27 @@ impl Mean {
     }
 }
 
+impl Right {
+    /// Of some records, and the log-likelihood of each choice of each.
+    pub fn of(records: &[Record], found: &[Vec<f64>]) -> Right {
+        let pairs = || records.iter().zip(found);
+        Right {
+            acc: pairs().map(|(record, found)| best(found) == record.gold).collect(),
+            norm: pairs().map(|(record, found)| Some(best(&by_length(record, found)?) == record.gold)).collect(),
+        }
+    }
+
+    /// Those of the score that stands for a task: acc_norm where the harness reports it, else acc.
+    pub fn main(self, task: &str) -> Vec<bool> {
+        let norm = task.parse::<Task>().is_ok_and(Task::has_norm);
+        self.norm.filter(|_| norm).unwrap_or(self.acc)
+    }
+}
+
 impl TaskScore {
     /// Of some records, and the log-likelihood of each choice of each.
     pub fn of(task: &str, shots: usize, cut: usize, records: &[Record], found: &[Vec<f64>]) -> TaskScore {
-        let pairs = || records.iter().zip(found);
-        let acc: Vec<bool> = pairs().map(|(record, found)| best(found) == record.gold).collect();
-        let norm: Option<Vec<bool>> =
-            pairs().map(|(record, found)| Some(best(&by_length(record, found)?) == record.gold)).collect();
+        let Right { acc, norm } = Right::of(records, found);
         TaskScore {
             task: task.into(),
             records: records.len(),

@@ -18,20 +18,22 @@ use crate::files;
 /// use std::path::Path;
 ///
 /// use mindskip::bench::Row;
-/// use mindskip::eval::table::{TableRow, set_deltas};
+/// use mindskip::eval::table::{Quality, TableRow};
 /// use mindskip::eval::{Mean, TaskScore};
 ///
-/// let file = std::fs::read("examples/bench.json").unwrap(); // of `mindskip bench`
-/// let [dense, routed]: [Row; 2] = serde_json::from_slice(&file).unwrap();
-/// let score = |right: &[bool]| {
-///     [TaskScore { task: "rte".into(), records: 4, shots: 0, acc: Mean::of(right), acc_norm: None, cut: 0 }]
+/// let quality = |right: &[bool], capacity| {
+///     let (task, acc) = ("rte".into(), Mean::of(right));
+///     let score = TaskScore { task, records: right.len(), shots: 0, acc, acc_norm: None, cut: 0 };
+///     Quality { capacity, scores: vec![score], right: vec![right.to_vec()] }
 /// };
-/// let mut rows = [
-///     TableRow::new("…", None, 1.0, &score(&[true, true, true, false]), dense),
-///     TableRow::new("…", Some(Path::new("a.safetensors")), 0.5, &score(&[true, true, false, false]), routed),
-/// ];
-/// set_deltas(&mut rows);
-/// assert_eq!((rows[0].delta, rows[1].delta, rows[1].scores["rte"].mean), (0.0, -0.25, 0.5));
+/// let dense = quality(&[true, true, true, false], 1.0);
+/// let routed = quality(&[true, true, false, false], 0.5);
+/// assert_eq!(routed.beside(&dense), Mean { mean: -0.25, stderr: Some(0.25) }, "they differ in one record");
+///
+/// let file = std::fs::read("examples/bench.json").unwrap(); // of `mindskip bench`
+/// let [_, speed]: [Row; 2] = serde_json::from_slice(&file).unwrap();
+/// let row = TableRow::new("…", Some(Path::new("a.safetensors")), &routed, &dense, speed);
+/// assert_eq!((row.average, row.delta.mean, row.scores["rte"].mean), (0.5, -0.25, 0.5));
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TableRow {
@@ -49,10 +51,41 @@ pub struct TableRow {
     pub scores: BTreeMap<String, Mean>,
     /// Of the scores.
     pub average: f64,
-    /// The average less that of the dense model.
-    pub delta: f64,
+    /// The average less that of the dense model, see [`Quality::beside`].
+    pub delta: Mean,
     /// How it was measured, with the share that was active there.
     pub speed: Row,
+}
+
+/// How well a way answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quality {
+    /// The share of (token, routed layer) pairs that were active.
+    pub capacity: f64,
+    /// By task.
+    pub scores: Vec<TaskScore>,
+    /// By task and record: whether what [`TaskScore::main`] counts was right.
+    pub right: Vec<Vec<bool>>,
+}
+
+impl Quality {
+    fn average(&self) -> f64 {
+        self.scores.iter().map(|score| score.main().mean).sum::<f64>() / self.scores.len() as f64
+    }
+
+    /// What the average gains or loses on that of `dense`, which answered the same records. Its standard error is that of the
+    /// records' differences: what both get right, or both get wrong, adds none.
+    pub fn beside(&self, dense: &Quality) -> Mean {
+        let error = |(own, dense): (&Vec<bool>, &Vec<bool>)| {
+            let n = own.len() as f64;
+            let differences = || own.iter().zip(dense).map(|(&own, &dense)| f64::from(own) - f64::from(dense));
+            let mean = differences().sum::<f64>() / n;
+            (own.len() > 1).then(|| differences().map(|d| (d - mean).powi(2)).sum::<f64>() / (n - 1.0) / n)
+        };
+        let squares: Option<f64> = self.right.iter().zip(&dense.right).map(error).sum();
+        let stderr = squares.map(|squares| squares.sqrt() / self.right.len() as f64);
+        Mean { mean: self.average() - dense.average(), stderr }
+    }
 }
 
 impl TaskScore {
@@ -64,9 +97,8 @@ impl TaskScore {
 }
 
 impl TableRow {
-    /// The routers of a file, or none, with what they did in the tasks and the measurement. `delta` is 0.
-    pub fn new(command: &str, routers: Option<&Path>, capacity: f64, scores: &[TaskScore], speed: Row) -> TableRow {
-        let scores: BTreeMap<String, Mean> = scores.iter().map(|score| (score.task.clone(), score.main())).collect();
+    /// The routers of a file, or none, with what they did in the tasks, beside the dense model, and the measurement.
+    pub fn new(command: &str, routers: Option<&Path>, quality: &Quality, dense: &Quality, speed: Row) -> TableRow {
         TableRow {
             command: command.into(),
             model: speed.head.model.clone(),
@@ -74,10 +106,10 @@ impl TableRow {
             routers: routers.map(|path| path.display().to_string()),
             keys: speed.keys.clone(),
             layers: speed.layers.clone(),
-            capacity,
-            average: scores.values().map(|score| score.mean).sum::<f64>() / scores.len() as f64,
-            scores,
-            delta: 0.0,
+            capacity: quality.capacity,
+            scores: quality.scores.iter().map(|score| (score.task.clone(), score.main())).collect(),
+            average: quality.average(),
+            delta: quality.beside(dense),
             speed,
         }
     }
@@ -105,7 +137,11 @@ impl TableRow {
         .map(|(name, cell)| (name.to_string(), cell))
         .to_vec();
         cells.extend(self.scores.iter().map(|(task, score)| (task.clone(), percent(score.mean))));
-        let delta = if dense { "-".into() } else { format!("{:+.2}", self.delta * 100.0) };
+        let delta = match self.delta {
+            _ if dense => "-".into(),
+            Mean { mean, stderr: Some(stderr) } => format!("{:+.2} ± {}", mean * 100.0, percent(stderr)),
+            Mean { mean, .. } => format!("{:+.2}", mean * 100.0),
+        };
         for (name, cell) in [("average", percent(self.average)), ("delta", delta), ("capacity", percent(self.capacity))]
         {
             cells.push((name.into(), cell));
@@ -114,33 +150,19 @@ impl TableRow {
     }
 }
 
-/// Sets what each row gains or loses on the first, which is the dense model's.
-///
-/// ```
-/// use mindskip::bench::Row;
-/// use mindskip::eval::table::{TableRow, set_deltas};
-///
-/// let file = std::fs::read("examples/bench.json").unwrap();
-/// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
-/// let row = |(speed, average)| TableRow { average, ..TableRow::new("…", None, 1.0, &[], speed) };
-/// let mut rows: Vec<TableRow> = speeds.into_iter().zip([0.75, 0.5]).map(row).collect();
-/// set_deltas(&mut rows);
-/// assert_eq!((rows[0].delta, rows[1].delta), (0.0, -0.25));
-/// ```
-pub fn set_deltas(rows: &mut [TableRow]) {
-    let dense = rows.first().map_or(0.0, |row| row.average);
-    rows.iter_mut().for_each(|row| row.delta = row.average - dense);
-}
-
 /// Writes rows. Errors: those of `out`.
 ///
 /// ```
 /// use mindskip::bench::{Format, Row};
-/// use mindskip::eval::table::{TableRow, write};
+/// use mindskip::eval::table::{Quality, TableRow, write};
+/// use mindskip::eval::{Mean, TaskScore};
 ///
 /// let file = std::fs::read("examples/bench.json").unwrap();
 /// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
-/// let row = |speed| TableRow { average: 0.625, ..TableRow::new("…", None, 1.0, &[], speed) };
+/// let acc = Mean { mean: 0.625, stderr: None };
+/// let score = TaskScore { task: "rte".into(), records: 1, shots: 0, acc, acc_norm: None, cut: 0 };
+/// let quality = Quality { capacity: 1.0, scores: vec![score], right: vec![vec![true]] };
+/// let row = |speed| TableRow::new("…", None, &quality, &quality, speed);
 /// let rows: Vec<TableRow> = speeds.into_iter().map(row).collect();
 /// let mut table = Vec::new();
 /// write(Format::Md, &rows, &mut table).unwrap();
@@ -155,11 +177,15 @@ pub fn write(format: Format, rows: &[TableRow], out: &mut dyn Write) -> io::Resu
 ///
 /// ```
 /// use mindskip::bench::{Format, Row};
-/// use mindskip::eval::table::{TableRow, save};
+/// use mindskip::eval::table::{Quality, TableRow, save};
+/// use mindskip::eval::{Mean, TaskScore};
 ///
 /// let file = std::fs::read("examples/bench.json").unwrap();
 /// let speeds: Vec<Row> = serde_json::from_slice(&file).unwrap();
-/// let row = |speed| TableRow { average: 0.625, ..TableRow::new("…", None, 1.0, &[], speed) };
+/// let acc = Mean { mean: 0.625, stderr: None };
+/// let score = TaskScore { task: "rte".into(), records: 1, shots: 0, acc, acc_norm: None, cut: 0 };
+/// let quality = Quality { capacity: 1.0, scores: vec![score], right: vec![vec![true]] };
+/// let row = |speed| TableRow::new("…", None, &quality, &quality, speed);
 /// let rows: Vec<TableRow> = speeds.into_iter().map(row).collect();
 /// let folder = tempfile::tempdir().unwrap();
 /// let path = folder.path().join("table.json");
@@ -170,4 +196,34 @@ pub fn write(format: Format, rows: &[TableRow], out: &mut dyn Write) -> io::Resu
 /// ```
 pub fn save(format: Format, rows: &[TableRow], path: &Path) -> Result<()> {
     files::write_atomically(path, |out| write(format, rows, out))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quality(right: &[&[bool]]) -> Quality {
+        let score = |right: &&[bool]| TaskScore {
+            task: "t".into(),
+            records: right.len(),
+            shots: 0,
+            acc: Mean::of(right),
+            acc_norm: None,
+            cut: 0,
+        };
+        let scores = right.iter().map(score).collect();
+        Quality { capacity: 1.0, scores, right: right.iter().map(|right| right.to_vec()).collect() }
+    }
+
+    #[test]
+    fn differences_are_those_of_the_records() {
+        let dense = quality(&[&[true, false, true, true], &[false, true]]);
+        assert_eq!(dense.beside(&dense), Mean { mean: 0.0, stderr: Some(0.0) });
+        // −1, 0, 0, 0: deviation 0.5, error 0.25; 1, 0: deviation √½, error ½.
+        let own = quality(&[&[false, false, true, true], &[true, true]]);
+        let Mean { mean, stderr } = own.beside(&dense);
+        assert!((mean - 0.125).abs() < 1e-12, "{mean}");
+        assert!((stderr.unwrap() - (0.0625_f64 + 0.25).sqrt() / 2.0).abs() < 1e-12, "{stderr:?}");
+        assert_eq!(quality(&[&[true]]).beside(&quality(&[&[false]])), Mean { mean: 1.0, stderr: None });
+    }
 }

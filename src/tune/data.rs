@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Map;
-use sha2::{Digest, Sha256};
 
 use super::Sample;
 use crate::chat::{ChatTemplate, Message};
@@ -79,7 +78,7 @@ impl Dataset {
     pub fn open(path: &Path, encoder: &Encoder) -> Result<Dataset> {
         let bytes = files::read(path)?;
         let mut data =
-            Dataset { samples: Vec::new(), truncated: 0, dropped: 0, hash: digest(&bytes), path: path.into() };
+            Dataset { samples: Vec::new(), truncated: 0, dropped: 0, hash: files::digest(&bytes), path: path.into() };
         for (number, record) in (1..).zip(records(&bytes).map_err(|e| e.at(path))?) {
             let of = |e: Error| e.during(format!("reading record {number}")).at(path);
             let parts = encoder.parts(&record).map_err(of)?;
@@ -109,11 +108,6 @@ impl Dataset {
             self.dropped += 1;
         }
     }
-}
-
-/// 32 hex digits of the SHA-256.
-pub(super) fn digest(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)[..16].iter().map(|b| format!("{b:02x}")).collect()
 }
 
 fn records(bytes: &[u8]) -> Result<Vec<Record>> {

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::data::digest;
 use super::train::pack;
 use super::{Goal, Sample, Tuner};
 use crate::error::{Error, Kind, Result};
@@ -167,14 +166,14 @@ impl Measurement {
             model: fingerprint.into(),
             target: target.name().into(),
             goal: goal.name().into(),
-            samples: digest(&bytes),
+            samples: files::digest(&bytes),
         }
     }
 
     /// Its file in a folder.
     pub fn path(&self, folder: &Path) -> PathBuf {
         let own = serde_json::to_vec(self).expect("texts");
-        folder.join(format!("{}.json", digest(&own)))
+        folder.join(format!("{}.json", files::digest(&own)))
     }
 
     /// What was kept of this measurement for a model of so many layers; None when nothing was, or nothing that can be

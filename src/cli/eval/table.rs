@@ -7,9 +7,10 @@ use std::path::PathBuf;
 use clap::Args;
 use mindskip::Result;
 use mindskip::bench::{Format, Plan, Progress, Row, Setting, Subject, Way, measure};
-use mindskip::engine::{Engine, Options};
-use mindskip::eval::table::{TableRow, save, set_deltas, write};
-use mindskip::eval::{Room, TaskScore};
+use mindskip::engine::{Activity, Engine, Options};
+use mindskip::eval::result::Right;
+use mindskip::eval::table::{Quality, TableRow, save, write};
+use mindskip::eval::{AnswerFile, Answers, Basis, Room, Work};
 use mindskip::model::Routing;
 use mindskip::router::RouterSet;
 
@@ -29,6 +30,9 @@ pub struct Table {
     /// Trained routers, a row for each.
     #[arg(long, value_name = "LIST", value_delimiter = ',', required = true)]
     routers: Vec<PathBuf>,
+    /// Keeps what is answered in this file, task by task, and takes from it what it has: a table that was broken off goes on.
+    #[arg(long, value_name = "FILE")]
+    answers: Option<PathBuf>,
     /// Tokens that are read in one prefill to measure the speed; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 256)]
     prompt: usize,
@@ -39,7 +43,7 @@ pub struct Table {
     #[arg(long, value_name = "N", default_value_t = 5)]
     reps: usize,
     /// md, csv, json or jsonl.
-    #[arg(long, default_value = "md", value_parser = format)]
+    #[arg(long, default_value = "md")]
     format: Format,
     /// Written in place of standard output.
     #[arg(short, long, value_name = "FILE")]
@@ -48,10 +52,6 @@ pub struct Table {
     model: ModelArgs,
     #[command(flatten)]
     run: RunArgs,
-}
-
-fn format(text: &str) -> Result<Format> {
-    text.parse()
 }
 
 impl Table {
@@ -69,6 +69,8 @@ impl Table {
         }
         let context = self.run.context.unwrap_or(bundle.config.context);
         let tasks = self.asked.prepare(&bundle.tokenizer()?, context)?;
+        let mut known = self.answers.as_deref().map(AnswerFile::open).transpose()?;
+        let model = bundle.weights.fingerprint();
         let plan = self.plan(Subject::model(self.model.load()?), &ways)?;
         plan.check()?;
 
@@ -76,18 +78,21 @@ impl Table {
         let Room { batch, context, rows } = room(&works(&tasks, None));
         let mut engine = self.run.engine(bundle, largest, batch, context, rows)?;
         engine.watch(|_| stop());
-        let quality = ways.iter().map(|way| answer(&mut engine, way, &tasks)).collect::<Result<Vec<_>>>()?;
+        let mut quality = Vec::new();
+        for way in &ways {
+            engine.reroute(way.clone())?;
+            quality.push(answer(&mut engine, &model, &tasks, known.as_mut())?);
+        }
         drop(engine);
         let speeds = speeds(&plan)?;
 
         let command = command.join(" ");
         let mut table = Vec::new();
-        for (i, ((capacity, scores), speed)) in quality.into_iter().zip(speeds).enumerate() {
+        for (i, (own, speed)) in quality.iter().zip(speeds).enumerate() {
             // The first one is dense.
             let routers = i.checked_sub(1).map(|i| self.routers[i].as_path());
-            table.push(TableRow::new(&command, routers, capacity, &scores, speed));
+            table.push(TableRow::new(&command, routers, own, &quality[0], speed));
         }
-        set_deltas(&mut table);
         if let Some(path) = &self.output {
             save(self.format, &table, path)?;
             return Ok(Outcome::Done);
@@ -115,14 +120,33 @@ impl Table {
     }
 }
 
-/// The capacity that a way had over all tasks, and their scores.
-fn answer(engine: &mut Engine, way: &Option<Routing>, tasks: &[Prepared]) -> Result<(f64, Vec<TaskScore>)> {
-    engine.reroute(way.clone())?;
+/// Answers all tasks, as the engine is routed.
+fn answer(engine: &mut Engine, model: &str, tasks: &[Prepared], mut known: Option<&mut AnswerFile>) -> Result<Quality> {
+    let works = works(tasks, engine.routing());
+    let mut quality = Quality { capacity: 1.0, scores: Vec::new(), right: Vec::new() };
+    let mut activity = Activity::default();
+    for (task, work) in tasks.iter().zip(&works) {
+        let of = Basis::new(engine, model, &task.name, &task.encoded);
+        let answers = match known.as_ref().and_then(|known| known.get(&of, &task.encoded, engine.config().layers)) {
+            Some(answers) => answers.clone(),
+            None => {
+                let answers = ask(engine, of, task, work)?;
+                known.as_mut().map_or(Ok(()), |known| known.add(answers.clone()))?;
+                answers
+            }
+        };
+        activity.add(&answers.activity);
+        quality.scores.push(task.of(&answers.loglikelihoods));
+        quality.right.push(Right::of(&task.records, &answers.loglikelihoods).main(&task.name));
+    }
+    quality.capacity = activity.mean_capacity(engine.routing().map_or(&[][..], |routing| &routing.layers));
+    Ok(quality)
+}
+
+fn ask(engine: &mut Engine, of: Basis, task: &Prepared, work: &Work) -> Result<Answers> {
     engine.clear_counts()?;
-    let works = works(tasks, way.as_ref());
-    let scores = tasks.iter().zip(&works).map(|(task, work)| Ok(task.score(engine, work)?.0)).collect::<Result<_>>()?;
-    let layers = way.as_ref().map_or(&[][..], |routing| &routing.layers);
-    Ok((engine.activity()?.mean_capacity(layers), scores))
+    let loglikelihoods = task.score(engine, work)?;
+    Ok(Answers { of, loglikelihoods, activity: engine.activity()?.clone() })
 }
 
 /// A row for each way.
