@@ -10,7 +10,6 @@ use super::request::Encoded;
 use crate::engine::{Engine, Mark, Seq};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::model::Routing;
-use crate::router::{Level, Select};
 
 /// What an engine must have room for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +69,7 @@ impl Work {
     pub fn new(records: &[(String, Vec<Encoded>)], routing: Option<&Routing>) -> Work {
         let context = records.iter().flat_map(|(_, requests)| requests).map(|r| r.inputs().len()).max().unwrap_or(1);
         let room = Room { batch: (HELD / context).clamp(1, BATCH), context, rows: ROWS.max(context) };
-        let shares = routing.is_none_or(can_share);
+        let shares = routing.is_none_or(Routing::is_causal);
         let families = records
             .chunk_by(|a, b| a.0 == b.0)
             .map(|records| {
@@ -90,11 +89,6 @@ impl Work {
     pub fn room(&self) -> Room {
         self.room
     }
-}
-
-/// Whether what a router decides about a token does not depend on the tokens behind it.
-pub fn can_share(routing: &Routing) -> bool {
-    routing.settings.granularity.level == Level::Token && routing.settings.select == Select::Threshold
 }
 
 /// The tokens with which all requests begin, as far as they are context of all, without the last of it, which the first
