@@ -5,7 +5,7 @@
  *            the calling thread: the cause, the file and what to do next. A call that fails changes nothing else than what
  *            its function says. No panic of the library reaches the caller: it becomes MINDSKIP_ERROR_PANIC.
  *
- * Handles    Models, routers, engines and samplers are handles: numbers that only look like pointers, and are never used
+ * Handles    Models, routers, engines, samplers and batches are handles: numbers that only look like pointers, and are never used
  *            twice. NULL, one that was freed and one of another kind are refused with MINDSKIP_ERROR_HANDLE. Each has a function
  *            that frees it, in any order: what an engine needs of its model lives as long as the engine. NULL may be freed.
  *
@@ -22,8 +22,8 @@
  *            and stays as long as its function says.
  *
  * Threads    All functions may be called from any thread. Models and routers may be used by several threads at once. An
- *            engine or a sampler serves one call at a time: a second one, from another thread or from within a callback, is
- *            refused with MINDSKIP_ERROR_BUSY. An engine computes with threads of its own. Callbacks run on the thread that
+ *            engine, a sampler or a batch serves one call at a time: a second one, from another thread or from within a callback,
+ *            is refused with MINDSKIP_ERROR_BUSY. An engine computes with threads of its own. Callbacks run on the thread that
  *            called; they must return: neither longjmp nor a C++ exception may leave them.
  */
 #ifndef MINDSKIP_H
@@ -70,13 +70,13 @@ enum {
     MINDSKIP_ERROR_DEVICE = 9,
     /* The work was broken off before it had a result. */
     MINDSKIP_ERROR_INTERRUPTED = 10,
-    /* A handle that is NULL, was freed, or is of another kind. */
+    /* A handle that is NULL, was freed or given away, or is of another kind. */
     MINDSKIP_ERROR_HANDLE = 11,
-    /* The engine or the sampler is in another call. */
+    /* The engine, the sampler or the batch is in another call. */
     MINDSKIP_ERROR_BUSY = 12,
     /* The buffer is too small; the length that is needed was written. */
     MINDSKIP_ERROR_SPACE = 13,
-    /* A bug of the library: please report the text. An engine or sampler that was at work can only be freed. */
+    /* A bug of the library: please report the text. An engine, sampler or batch that was at work can only be freed. */
     MINDSKIP_ERROR_PANIC = 14,
     /* A failure that this header does not know. */
     MINDSKIP_ERROR_OTHER = 15
@@ -356,7 +356,7 @@ enum {
     MINDSKIP_FINISH_LENGTH = 2,
     /* The context is full. */
     MINDSKIP_FINISH_CONTEXT = 3,
-    /* The callback broke off. */
+    /* The callback broke off, or the request was cancelled. */
     MINDSKIP_FINISH_INTERRUPTED = 4
 };
 
@@ -387,6 +387,94 @@ typedef int32_t (*mindskip_on_text)(void *user, size_t turn, const char *text, s
  * (mindskip_seq_position), and there are no answers. */
 mindskip_status mindskip_generate(mindskip_engine *engine, const mindskip_turn *turns, size_t count,
                                   mindskip_on_text on_text, void *user, mindskip_answer *answers);
+
+/* ---- Batches --------------------------------------------------------------------------------------------------------- */
+
+/* Requests of any length that share an engine: each begins when there is room for it, oldest first, and leaves when it has ended
+ * (continuous batching). When K/V pages run out, the youngest gives its own back, waits, and begins again unseen. On the CPU each
+ * gets the text that mindskip_generate makes of it alone. A server submits what has arrived, steps, and so on: other threads hand
+ * it what they want between steps. */
+typedef struct mindskip_batch mindskip_batch;
+
+/* Takes the engine over: its handle is refused from here on (HANDLE), and it goes with the batch. `options.batch` is how many
+ * requests run at a time, `rows` how many tokens of prompts a step reads, `kv_tokens` how much K/V they share. `queue`: requests
+ * that may wait; 0: 1024. ARGUMENT while a sequence is open; the engine stays the caller's after a failure. */
+mindskip_status mindskip_batch_new(mindskip_engine *engine, size_t queue, mindskip_batch **batch);
+
+/* Requests that have not ended go with it, unreported. */
+mindskip_status mindskip_batch_free(mindskip_batch *batch);
+
+/* A request of a batch: a number that no other request of any batch gets. 0 is none. */
+typedef uint64_t mindskip_request;
+
+/* Takes a request; it begins in a later step. `turn` as of mindskip_generate, but for `seq` and `history_count`, which are 0: the
+ * batch opens a sequence. A sampler is copied: it may be used otherwise, or freed, at once.
+ *
+ * ARGUMENT for one that cannot run at all, as of mindskip_prefill; a prompt may be longer than `rows`, to be read in several steps,
+ * unless it is decided as a whole ("..._sequence", "topk"). MEMORY while as many wait as may. */
+mindskip_status mindskip_batch_submit(mindskip_batch *batch, const mindskip_turn *turn, mindskip_request *request);
+
+/* Ends a request where it is, waiting or running: the next step reports what was made. ARGUMENT for one whose end was reported. */
+mindskip_status mindskip_batch_cancel(mindskip_batch *batch, mindskip_request request);
+
+enum {
+    /* A piece of its text that is certain, never empty: whole characters, nothing of a stop text. */
+    MINDSKIP_EVENT_TEXT = 0,
+    /* It has ended. */
+    MINDSKIP_EVENT_DONE = 1,
+    /* It cannot go on, which is no matter of the others: MEMORY when it does not fit into the K/V pool by itself, NUMERIC when its
+     * logits are not numbers, FORMAT when its tokens are no text. */
+    MINDSKIP_EVENT_FAILED = 2
+};
+
+/* What became of a request in a step. What it points to: until the callback returns. */
+typedef struct mindskip_event {
+    /* What the library knows of this struct; it may be more than the header does. */
+    size_t size;
+    mindskip_request request;
+    /* MINDSKIP_EVENT_... */
+    int32_t kind;
+    /* FAILED: why; else MINDSKIP_OK. */
+    mindskip_status status;
+    /* TEXT: the piece. FAILED: what mindskip_error() would say. `text_length` bytes and a NUL. */
+    const char *text;
+    size_t text_length;
+    /* DONE: what became of it, its pieces joined; else NULL. */
+    const mindskip_answer *answer;
+} mindskip_event;
+
+/* Returns 0 to go on; anything else cancels the request, whose end the next step reports unless this one does. */
+typedef int32_t (*mindskip_on_event)(void *user, const mindskip_event *event);
+
+/* Takes a token for every request that runs and lets as many begin as there is room for; then `on_event` is called for what became
+ * of them. `*left` becomes the number of requests whose end was not reported yet: at 0 there is nothing to do.
+ *
+ * Failures are those that are not a single request's, such as DEVICE; nothing is lost, a further step goes on from there. */
+mindskip_status mindskip_batch_step(mindskip_batch *batch, mindskip_on_event on_event, void *user, size_t *left);
+
+typedef struct mindskip_batch_info {
+    size_t size;
+    /* Requests in a sequence, and those that wait for room. */
+    size_t running;
+    size_t waiting;
+    /* Pages of K/V in all, and those that are in use. */
+    uint64_t kv_pages;
+    uint64_t kv_pages_used;
+    /* What the requests that have ended held at their ends, over all layers: rows of K/V, and those that the dense model would
+     * have held. */
+    uint64_t kv_rows;
+    uint64_t kv_dense_rows;
+    /* Of all steps: tokens read by prefill and those that went through a decode step, and the time for each. What is read again
+     * counts again. */
+    uint64_t prompt_tokens;
+    uint64_t decoded_tokens;
+    double prefill_seconds;
+    double decode_seconds;
+    /* The share of (token, routed layer) pairs that were active; 1 for a dense engine. */
+    double capacity;
+} mindskip_batch_info;
+
+mindskip_status mindskip_batch_get_info(mindskip_batch *batch, mindskip_batch_info *info);
 
 /* ---- What was skipped ------------------------------------------------------------------------------------------------ */
 

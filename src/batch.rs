@@ -1,7 +1,8 @@
 //! Continuous batching: requests of any length share an engine; each begins as soon as there is room, and leaves at once.
 //!
 //! A request waits, oldest first, for a slot, for rows of a prefill and for K/V pages (`batch`, `rows` and `kv_tokens` of
-//! [`Options`](crate::engine::Options)). When pages run out on the way, the youngest gives its own back and waits again; later it reads its
+//! [`Options`](crate::engine::Options)). A step reads at most `rows` tokens of prompts, a longer one in parts, so that the others go
+//! on meanwhile; only where [whole prompts decide](crate::model::Routing::is_causal) a prompt is read in one step. When pages run out on the way, the youngest gives its own back and waits again; later it reads its
 //! prompt and what it has made once more, and goes on. On the CPU every request makes the tokens that it would make alone, to
 //! the bit of their logits.
 
@@ -12,6 +13,7 @@ use crate::backend::PAGE;
 use crate::engine::{Engine, KvUsage, Seq};
 use crate::error::{Error, Kind, Result};
 use crate::generate::{Answer, Running, Timing, Turn, Work, advance};
+use crate::model::Routing;
 use crate::router::Select;
 use crate::sample::{Sampler, SamplerSettings};
 use crate::step::Phase;
@@ -79,7 +81,8 @@ pub enum Event {
     /// It has come to its end.
     Done(Id, Answer),
     /// It cannot go on, which is no matter of the others: Memory when it does not fit into the KV cache by itself, Numeric when
-    /// its logits are not numbers, Format when its tokens cannot be decoded.
+    /// its logits are not numbers, Format when its tokens cannot be decoded, Argument when the engine was rerouted since and
+    /// cannot read it any more.
     Failed(Id, Error),
 }
 
@@ -194,9 +197,9 @@ impl Batch {
     /// Takes a request; it begins in a later [`step`](Self::step).
     ///
     /// Errors: Argument for one that cannot run at all, an empty prompt, an id beyond the vocabulary, more tokens than the
-    /// context or one prefill takes; Memory while as many wait as may.
+    /// context takes, or than one prefill where prompts are read as a whole; Memory while as many wait as may.
     pub fn submit(&mut self, request: Request) -> Result<Id> {
-        self.engine.check_rows(request.prompt.len())?;
+        self.check_rows(request.prompt.len())?;
         self.engine.check_tokens(0, &request.prompt)?;
         if self.waiting.len() >= self.queue {
             return Err(Error::new(Kind::Memory, format!("{} requests are waiting", self.waiting.len()))
@@ -236,8 +239,8 @@ impl Batch {
         let mut left = self.engine.plan().limits.rows;
         for job in &self.running {
             let wanted = self.prefill_rows(job);
-            // A prompt is read in one go: what is decided by it as a whole is decided once.
-            let count = if job.run.read == 0 && wanted > left { 0 } else { wanted.min(left) };
+            let whole = job.run.read == 0 && !self.reads_parts();
+            let count = if whole && wanted > left { 0 } else { wanted.min(left) };
             left -= count;
             prefill.extend((count > 0).then_some((job.id, count)));
         }
@@ -260,7 +263,7 @@ impl Batch {
         self.running.len()
     }
 
-    /// For its plan and what it counts. Sequences that are opened here take slots and pages from the batch.
+    /// For its plan, its routing and what it counts. Sequences that are opened here take slots and pages from the batch.
     pub fn engine(&mut self) -> &mut Engine {
         &mut self.engine
     }
@@ -280,7 +283,18 @@ impl Batch {
         let unread = job.run.unread(&job.turn).len();
         // Top-k treats a token differently in prefill and in decode: what was made is read again as it was made.
         let top_k = self.engine.routing().is_some_and(|routing| routing.settings.select == Select::TopK);
-        if job.run.read == 0 || (unread > 1 && !top_k) { unread } else { 0 }
+        let in_prompt = job.run.read < job.turn.prompt.len();
+        if in_prompt || (unread > 1 && !top_k) { unread } else { 0 }
+    }
+
+    /// Whether a prompt may be read in parts: what is decided by it as a whole is decided once.
+    fn reads_parts(&self) -> bool {
+        self.engine.routing().is_none_or(Routing::is_causal)
+    }
+
+    /// Whether a prompt of so many tokens can be read.
+    fn check_rows(&self, prompt: usize) -> Result<()> {
+        if self.reads_parts() { Ok(()) } else { self.engine.check_rows(prompt) }
     }
 
     /// Lets requests begin, the oldest first, as long as there is room.
@@ -301,11 +315,18 @@ impl Batch {
             rows = rows.saturating_sub(self.prefill_rows(job));
         }
         while let Some(next) = self.waiting.front() {
-            let (prompt, made) = (next.request.prompt.len(), next.run.tokens.len());
+            let (id, prompt, made) = (next.id, next.request.prompt.len(), next.run.tokens.len());
+            if let Err(e) = self.check_rows(prompt) {
+                // The engine was rerouted since it came.
+                self.waiting.pop_front();
+                self.events.push(Event::Failed(id, e));
+                continue;
+            }
             let needed = pages(prompt + made + 1);
             // One alone is let in whatever it may need.
             let fits = self.running.is_empty() || (!self.full && needed <= free);
-            if self.running.len() == limits.batch || prompt > rows || !fits {
+            let starts = if self.reads_parts() { rows > 0 } else { prompt <= rows };
+            if self.running.len() == limits.batch || !starts || !fits {
                 break;
             }
             let seq = match self.engine.open() {
@@ -314,7 +335,7 @@ impl Batch {
             };
             let Waiting { id, request, run } = self.waiting.pop_front().expect("the front one");
             self.running.push(Job { id, turn: request.turn(seq), run });
-            rows -= prompt;
+            rows = rows.saturating_sub(prompt);
             free = free.saturating_sub(needed);
         }
         Ok(())

@@ -126,6 +126,23 @@ impl Routing {
         Routing { settings: set.settings, layers: set.weights.keys().copied().collect(), gates: Gates::Routers(set) }
     }
 
+    /// Whether what is decided about a token does not depend on the tokens behind it: a prompt may be read in parts then, and
+    /// prompts share their beginnings.
+    ///
+    /// ```
+    /// use mindskip::bundle::Bundle;
+    /// use mindskip::model::Routing;
+    ///
+    /// let mut routing = Routing::routers(Bundle::embedded()?.routers.expect("it comes with some"));
+    /// assert!(routing.is_causal());
+    /// routing.settings.granularity = "attn_sequence".parse()?;
+    /// assert!(!routing.is_causal());
+    /// # Ok::<(), mindskip::Error>(())
+    /// ```
+    pub fn is_causal(&self) -> bool {
+        self.settings.granularity.level == Level::Token && self.settings.select == Select::Threshold
+    }
+
     /// The part that decides in a layer, in prefill or in decode (top-k is a matter of whole prompts).
     pub(crate) fn decide(&self, layer: usize, phase: Phase) -> Decide {
         let s = &self.settings;

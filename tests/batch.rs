@@ -30,16 +30,19 @@ fn tokenizer() -> Tokenizer {
     Bundle::embedded().unwrap().tokenizer().unwrap()
 }
 
-/// Routers that divide tokens and sequences, in every way.
+/// Routers that divide tokens and sequences.
+fn routed(granularity: &str, keys: Keys, select: Select) -> Routing {
+    let granularity = granularity.parse().unwrap();
+    let settings = RouterSettings { granularity, keys, select, ..RouterSettings::default() };
+    routing(&goldens().join("routing/routers/bare.safetensors"), settings)
+}
+
+/// In every way.
 fn all_routings() -> Vec<Routing> {
     let mut all = Vec::new();
     for name in Granularity::NAMES {
         for keys in [Keys::All, Keys::Active] {
-            for select in [Select::Threshold, Select::TopK] {
-                let settings =
-                    RouterSettings { granularity: name.parse().unwrap(), keys, select, ..RouterSettings::default() };
-                all.push(routing(&goldens().join("routing/routers/bare.safetensors"), settings));
-            }
+            all.extend([Select::Threshold, Select::TopK].map(|select| routed(name, keys, select)));
         }
     }
     all
@@ -188,13 +191,80 @@ fn logits_do_not_tell_who_else_is_there() {
     }
 }
 
+/// A prompt that is longer than a step reads comes in parts, and those that decode make a token meanwhile in every step. Behind each of
+/// its tokens are the logits of reading it alone and at once, to the bit.
+#[test]
+fn a_long_prompt_is_read_beside_those_that_decode() {
+    let tokenizer = tokenizer();
+    let mut routings = vec![None];
+    for name in ["attn_token", "block_token"] {
+        routings.extend([Keys::All, Keys::Active].map(|keys| Some(routed(name, keys, Select::Threshold))));
+    }
+    let greedy =
+        |prompt: usize, max_tokens| Request { max_tokens, ..Request::new(ids(prompt, VOCAB, prompt as u64)).unwrap() };
+    let targets = |rows: usize| (0..rows as u32).map(|row| (row, 3)).collect::<Vec<_>>();
+    let small = Options { rows: Some(16), chunk: Some(8), ..options(3, CONTEXT) };
+    for routing in routings {
+        let what = format!("{:?}", routing.as_ref().map(|r| r.settings));
+        let requests = [greedy(5, 30), greedy(9, 25), greedy(61, 6)];
+        let long = &requests[2].prompt;
+        let mut lone = engine(&folder(), routing.clone(), &options(1, CONTEXT));
+        let seq = lone.open().unwrap();
+        lone.prefill(&[(seq, long)]).unwrap();
+        let expected = lone.logprobs_at(&targets(long.len())).unwrap();
+        lone.close(seq).unwrap();
+
+        let mut batch = Batch::new(engine(&folder(), routing, &small), &tokenizer);
+        let mut ended = Ended::default();
+        let mut asked: Vec<_> = requests[..2].iter().map(|request| batch.submit(request.clone()).unwrap()).collect();
+        ended.take(batch.step().unwrap());
+        asked.push(batch.submit(requests[2].clone()).unwrap());
+        let mut read = 0;
+        while read < long.len() {
+            let before = batch.timing();
+            ended.take(batch.step().unwrap());
+            let now = batch.timing();
+            let (part, decoded) =
+                (now.prompt_tokens - before.prompt_tokens, now.decoded_tokens - before.decoded_tokens);
+            assert_eq!((part, decoded), (16.min(long.len() - read), 2), "{what}");
+            let logprobs = batch.engine().logprobs_at(&targets(part)).unwrap();
+            assert_bits(&format!("{what} from {read}"), &logprobs, &expected[read..][..part]);
+            read += part;
+        }
+        while !batch.is_idle() {
+            ended.take(batch.step().unwrap());
+        }
+        for (id, request) in asked.iter().zip(&requests) {
+            assert_eq!(ended.answers[id].as_ref(), Ok(&alone(&mut lone, &tokenizer, request).0), "{what}");
+        }
+    }
+}
+
+/// One that waits while the engine is rerouted, and is too long to be decided as a whole, fails by itself.
+#[test]
+fn what_cannot_run_any_more_fails_by_itself() {
+    let tokenizer = tokenizer();
+    let by_sequence = routed("attn_sequence", Keys::All, Select::Threshold);
+    let mut lone = engine(&folder(), Some(by_sequence.clone()), &options(1, CONTEXT));
+    let small = Options { rows: Some(60), ..options(1, CONTEXT) };
+    let mut batch = Batch::new(engine(&folder(), Some(by_sequence.clone()), &small), &tokenizer);
+    batch.engine().reroute(None).unwrap();
+    let requests = [61, 60].map(|n| Request { max_tokens: 4, ..Request::new(ids(n, VOCAB, n as u64)).unwrap() });
+    let [long, fits] = requests.each_ref().map(|request| batch.submit(request.clone()).unwrap());
+    batch.engine().reroute(Some(by_sequence)).unwrap();
+    let ended = run(&mut batch);
+    assert_eq!(ended.answers[&long].as_ref().unwrap_err().kind(), Kind::Argument);
+    assert_eq!(ended.answers[&fits].as_ref(), Ok(&alone(&mut lone, &tokenizer, &requests[1]).0));
+}
+
 /// What cannot run is refused at once, in the engine's words, and so is what the queue has no room for.
 #[test]
 fn what_cannot_run_is_refused_at_once() {
     let options = Options { rows: Some(60), ..options(2, CONTEXT) };
-    let mut lone = engine(&folder(), None, &options);
+    let whole = Some(routed("attn_token", Keys::All, Select::TopK));
+    let mut lone = engine(&folder(), whole.clone(), &options);
     let seq = lone.open().unwrap();
-    let mut batch = Batch::new(engine(&folder(), None, &options), &tokenizer()).queue(3);
+    let mut batch = Batch::new(engine(&folder(), whole, &options), &tokenizer()).queue(3);
     for prompt in [vec![], vec![1, VOCAB as u32], ids(61, VOCAB, 1), ids(CONTEXT + 1, VOCAB, 1)] {
         let expected = lone.prefill(&[(seq, &prompt)]).unwrap_err();
         assert_eq!(batch.submit(Request::new(prompt).unwrap()).unwrap_err(), expected);
@@ -345,7 +415,8 @@ fn a_step_that_fails_is_made_again() {
     }
 }
 
-/// On the kernels: three requests, two slots, and pages for one and a half, so that one begins again; the CPU's tokens.
+/// On the kernels: three requests, two slots, prompts in parts, and pages for one and a half, so that one begins again; the CPU's
+/// tokens.
 #[cfg(feature = "emulate")]
 #[test]
 fn kernels_serve_a_batch() {
@@ -357,7 +428,8 @@ fn kernels_serve_a_batch() {
     let requests: Vec<_> =
         [60, 61, 9].map(|n| Request { max_tokens: 7, ..Request::new(ids(n, VOCAB, n as u64)).unwrap() }).into();
     let mut lone = engine(&folder(), routing.clone(), &options(1, CONTEXT));
-    let on = Options { device: gpu(5), dtype: Some(DType::F32), kv_tokens: Some(128), ..options(2, CONTEXT) };
+    let small = Options { rows: Some(40), kv_tokens: Some(128), ..options(2, CONTEXT) };
+    let on = Options { device: gpu(5), dtype: Some(DType::F32), ..small };
     let mut batch = Batch::new(engine(&folder(), routing, &on), &tokenizer);
     let asked: Vec<_> = requests.iter().map(|request| batch.submit(request.clone()).unwrap()).collect();
     let ended = run(&mut batch);

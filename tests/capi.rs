@@ -17,6 +17,7 @@ use mindskip::tokenizer::Tokenizer;
 
 const PROMPTS: [&str; 3] = ["Tom had a red ball.", "Once upon a time", "The dog"];
 const TOKENS: usize = 24;
+const CALLBACKS: [&str; 2] = ["mindskip_on_text", "mindskip_on_event"];
 
 /// Beside this test: cargo builds it for the dependency on mindskip-capi.
 fn library(extension: &str) -> PathBuf {
@@ -207,7 +208,10 @@ fn field(declaration: &str) -> String {
 }
 
 fn header() -> Declarations {
-    let text = read("include/mindskip.h").replace("(*mindskip_on_text)", "mindskip_on_text");
+    let mut text = read("include/mindskip.h");
+    for callback in CALLBACKS {
+        text = text.replace(&format!("(*{callback})"), callback);
+    }
     let without_comments: String =
         text.split("/*").map(|part| part.split_once("*/").map_or(part, |(_, code)| code)).collect();
     let mut all = Declarations::new();
@@ -252,8 +256,10 @@ fn rust() -> Declarations {
     for file in fs::read_dir(source("capi/src")).unwrap() {
         let text = fs::read_to_string(file.unwrap().path()).unwrap();
         let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let text = text
-            .replace("pub type mindskip_on_text = Option<unsafe extern \"C\" fn(", "extern \"C\" fn mindskip_on_text(");
+        let text = CALLBACKS.iter().fold(text, |text, callback| {
+            let declared = format!("pub type {callback} = Option<unsafe extern \"C\" fn(");
+            text.replace(&declared, &format!("extern \"C\" fn {callback}("))
+        });
         let list = |text: &str| -> Vec<String> {
             text.split(',')
                 .map(|part| part.trim().trim_start_matches("pub ").to_owned())

@@ -25,7 +25,7 @@ pub struct Session {
     pub answers: Vec<(Vec<u8>, Vec<u32>)>,
 }
 
-static ENGINES: Table<mindskip_engine, Mutex<Session>> = Table::new("an engine");
+static ENGINES: Table<mindskip_engine, Mutex<Session>> = Table::new("an engine", "freed or given to a batch");
 static NEXT_SEQ: AtomicU64 = AtomicU64::new(1);
 
 impl Session {
@@ -39,6 +39,17 @@ impl Session {
 pub fn with<R>(engine: *mut mindskip_engine, work: impl FnOnce(&mut Session) -> Done<R>) -> Done<R> {
     let engine = ENGINES.get(engine)?;
     work(&mut *alone(&engine, "the engine")?)
+}
+
+/// An engine for a batch; its handle is none from here on. Errors: HANDLE, BUSY; ARGUMENT while a sequence is open.
+pub fn take(engine: *mut mindskip_engine) -> Done<Session> {
+    let taken = ENGINES.take(engine, |session| match alone(session, "the engine")?.seqs.len() {
+        0 => Ok(()),
+        open => {
+            Err(Failure::argument(format!("{open} sequences are open: close them before a batch takes the engine")))
+        }
+    })?;
+    Ok(taken.into_inner().expect("not poisoned, as it was locked"))
 }
 
 /// The options of a pointer, which may be NULL.

@@ -4,17 +4,18 @@ use std::ffi::c_void;
 use std::ops::ControlFlow;
 use std::sync::Mutex;
 
+use mindskip::batch::Request;
 use mindskip::generate::{Answer, Finish, Turn, generate};
 use mindskip::sample::{Sampler, SamplerSettings};
 
 use crate::args::{Out, addresses, grown, list, list_grown, put, some_text};
-use crate::engine::{Session, with};
+use crate::engine::with;
 use crate::failure::{Done, entry};
 use crate::handles::{Table, alone};
 use crate::model::MODELS;
 use crate::types::*;
 
-static SAMPLERS: Table<mindskip_sampler, Mutex<Sampler>> = Table::new("a sampler");
+pub static SAMPLERS: Table<mindskip_sampler, Mutex<Sampler>> = Table::new("a sampler", "freed");
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mindskip_model_sampling(
@@ -113,8 +114,15 @@ pub unsafe extern "C" fn mindskip_generate(
             let work: Done<Vec<_>> = turns
                 .iter()
                 .zip(&held)
-                // SAFETY: the header's rule.
-                .map(|(turn, sampler)| unsafe { to_turn(session, turn, sampler.as_deref()) })
+                .map(|(turn, sampler)| {
+                    let seq = session.seq(turn.seq)?;
+                    // SAFETY: the header's rule.
+                    let (request, history) = unsafe {
+                        let request = to_request(turn, session.model.bundle.eos(), sampler.as_deref())?;
+                        (request, list("history", turn.history, turn.history_count)?)
+                    };
+                    Ok(Turn { history: history.to_vec(), ..request.turn(seq) })
+                })
                 .collect();
             let mut work = work?;
             let tokenizer = session.model.tokenizer.clone();
@@ -147,18 +155,18 @@ pub unsafe extern "C" fn mindskip_generate(
     })
 }
 
+/// What a turn asks for, of whatever sequence.
+///
 /// # Safety
 ///
 /// The rule of [`crate::args`].
-unsafe fn to_turn(session: &Session, turn: &mindskip_turn, sampler: Option<&Sampler>) -> Done<Turn> {
-    let eos = session.model.bundle.eos();
+pub unsafe fn to_request(turn: &mindskip_turn, eos: &[u32], sampler: Option<&Sampler>) -> Done<Request> {
     // SAFETY: the caller's.
     unsafe {
         let stop = list("stop", turn.stop, turn.stop_count)?;
         let stop: Done<Vec<_>> = stop.iter().map(|&text| Ok(some_text("stop", text)?.to_owned())).collect();
-        let greedy = Turn::new(session.seq(turn.seq)?, list("prompt", turn.prompt, turn.prompt_count)?.to_vec())?;
-        Ok(Turn {
-            history: list("history", turn.history, turn.history_count)?.to_vec(),
+        let greedy = Request::new(list("prompt", turn.prompt, turn.prompt_count)?.to_vec())?;
+        Ok(Request {
             sampler: sampler.unwrap_or(&greedy.sampler).clone(),
             max_tokens: if turn.max_tokens == 0 { usize::MAX } else { turn.max_tokens },
             eos: if turn.eos.is_null() && turn.eos_count == 0 {
@@ -172,8 +180,8 @@ unsafe fn to_turn(session: &Session, turn: &mindskip_turn, sampler: Option<&Samp
     }
 }
 
-/// Keeps an answer where C can read it until the next call.
-fn keep(kept: &mut Vec<(Vec<u8>, Vec<u32>)>, answer: Answer) -> mindskip_answer {
+/// Keeps an answer where C can read it.
+pub fn keep(kept: &mut Vec<(Vec<u8>, Vec<u32>)>, answer: Answer) -> mindskip_answer {
     let text_length = answer.text.len();
     kept.push(([answer.text.as_bytes(), b"\0"].concat(), answer.tokens));
     let (text, tokens) = kept.last().expect("pushed");

@@ -15,14 +15,15 @@ static NEXT: AtomicUsize = AtomicUsize::new(1);
 /// The objects of type `T` that C knows as `*mut H`.
 pub struct Table<H, T> {
     kind: &'static str,
+    gone: &'static str,
     all: Mutex<BTreeMap<usize, Arc<T>>>,
     handle: PhantomData<fn(H)>,
 }
 
 impl<H, T> Table<H, T> {
-    /// `kind` is for messages: "a model".
-    pub const fn new(kind: &'static str) -> Self {
-        Table { kind, all: Mutex::new(BTreeMap::new()), handle: PhantomData }
+    /// For messages, a `kind`, "a model", and why one may be `gone`, "freed".
+    pub const fn new(kind: &'static str, gone: &'static str) -> Self {
+        Table { kind, gone, all: Mutex::new(BTreeMap::new()), handle: PhantomData }
     }
 
     pub fn add(&self, object: T) -> *mut H {
@@ -46,6 +47,16 @@ impl<H, T> Table<H, T> {
         object.map(drop).ok_or_else(|| self.unknown(handle))
     }
 
+    /// Gives an object that `check` agrees to back to Rust; its handle is as one that was freed. Errors: HANDLE; BUSY when a call
+    /// has it.
+    pub fn take(&self, handle: *mut H, check: impl FnOnce(&mut T) -> Done) -> Done<T> {
+        let mut all = self.all();
+        let object = all.get_mut(&handle.addr()).ok_or_else(|| self.unknown(handle))?;
+        check(Arc::get_mut(object).ok_or_else(|| busy(self.kind))?)?;
+        let object = all.remove(&handle.addr()).and_then(Arc::into_inner);
+        Ok(object.expect("the table is locked, and no one else had it"))
+    }
+
     fn all(&self) -> MutexGuard<'_, BTreeMap<usize, Arc<T>>> {
         // Nothing in here panics halfway.
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
@@ -54,7 +65,7 @@ impl<H, T> Table<H, T> {
     fn unknown(&self, handle: *mut H) -> Failure {
         let text = match handle.is_null() {
             true => format!("NULL, where {} is needed", self.kind),
-            false => format!("not {}, or freed; pass what the function that made it returned", self.kind),
+            false => format!("not {}, or {}; pass what the function that made it returned", self.kind, self.gone),
         };
         Failure::new(MINDSKIP_ERROR_HANDLE, text)
     }
@@ -63,13 +74,15 @@ impl<H, T> Table<H, T> {
 /// The object for this call alone. Errors: BUSY when another has it; PANIC when one has panicked with it.
 pub fn alone<'a, T>(object: &'a Mutex<T>, kind: &str) -> Done<MutexGuard<'a, T>> {
     object.try_lock().map_err(|e| match e {
-        TryLockError::WouldBlock => {
-            Failure::new(MINDSKIP_ERROR_BUSY, format!("{kind} is in another call; wait until that returns"))
-        }
+        TryLockError::WouldBlock => busy(kind),
         TryLockError::Poisoned(_) => {
             Failure::new(MINDSKIP_ERROR_PANIC, format!("{kind} has failed by a bug of mindskip before; free it"))
         }
     })
+}
+
+fn busy(kind: &str) -> Failure {
+    Failure::new(MINDSKIP_ERROR_BUSY, format!("{kind} is in another call; wait until that returns"))
 }
 
 #[cfg(test)]
@@ -78,8 +91,8 @@ mod tests {
 
     #[test]
     fn freed_wrong_and_null_handles_are_refused() {
-        static NUMBERS: Table<u8, i32> = Table::new("a number");
-        static TEXTS: Table<u8, String> = Table::new("a text");
+        static NUMBERS: Table<u8, i32> = Table::new("a number", "freed");
+        static TEXTS: Table<u8, String> = Table::new("a text", "freed");
         let (number, text) = (NUMBERS.add(7), TEXTS.add("seven".into()));
         assert_eq!((*NUMBERS.get(number).unwrap(), TEXTS.get(text).unwrap().as_str()), (7, "seven"));
         let held = NUMBERS.get(number).unwrap();
@@ -96,6 +109,20 @@ mod tests {
         }
         NUMBERS.free(ptr::null_mut()).unwrap();
         assert_ne!(NUMBERS.add(8), number);
+    }
+
+    #[test]
+    fn only_what_no_call_has_is_taken() {
+        static NUMBERS: Table<u8, i32> = Table::new("a number", "taken");
+        let number = NUMBERS.add(7);
+        let held = NUMBERS.get(number).unwrap();
+        let failure = NUMBERS.take(number, |_| Ok(())).unwrap_err();
+        assert_eq!((failure.status, failure.text.contains("a number is in another call")), (MINDSKIP_ERROR_BUSY, true));
+        drop(held);
+        NUMBERS.take(number, |_| Err(Failure::argument("no"))).unwrap_err();
+        assert_eq!(NUMBERS.take(number, |n| Ok(*n += 1)).unwrap(), 8);
+        let failure = NUMBERS.take(number, |_| Ok(())).unwrap_err();
+        assert_eq!((failure.status, failure.text.contains("not a number, or taken")), (MINDSKIP_ERROR_HANDLE, true));
     }
 
     #[test]

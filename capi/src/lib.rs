@@ -7,6 +7,7 @@
 #![allow(clippy::missing_safety_doc)] // include/mindskip.h says what each function asks
 
 mod args;
+mod batch;
 mod engine;
 mod failure;
 mod generate;
@@ -17,6 +18,7 @@ mod types;
 use std::ffi::{CStr, c_char};
 
 // For capi/rlib.
+pub use batch::*;
 pub use engine::*;
 pub use generate::*;
 pub use model::*;

@@ -19,8 +19,8 @@ pub struct Model {
     template: Option<ChatTemplate>,
 }
 
-pub static MODELS: Table<mindskip_model, Model> = Table::new("a model");
-static ROUTERS: Table<mindskip_routers, RouterSet> = Table::new("routers");
+pub static MODELS: Table<mindskip_model, Model> = Table::new("a model", "freed");
+static ROUTERS: Table<mindskip_routers, RouterSet> = Table::new("routers", "freed");
 
 impl Model {
     fn load(name: &str) -> Done<Model> {

@@ -7,8 +7,10 @@ pub const MINDSKIP_ABI_VERSION: u32 = 1;
 
 pub type mindskip_status = i32;
 pub type mindskip_seq = u64;
+pub type mindskip_request = u64;
 pub type mindskip_on_text =
     Option<unsafe extern "C" fn(user: *mut c_void, turn: usize, text: *const c_char, length: usize) -> i32>;
+pub type mindskip_on_event = Option<unsafe extern "C" fn(user: *mut c_void, event: *const mindskip_event) -> i32>;
 
 pub const MINDSKIP_OK: mindskip_status = 0;
 pub const MINDSKIP_ERROR_IO: mindskip_status = 1;
@@ -33,6 +35,10 @@ pub const MINDSKIP_FINISH_LENGTH: i32 = 2;
 pub const MINDSKIP_FINISH_CONTEXT: i32 = 3;
 pub const MINDSKIP_FINISH_INTERRUPTED: i32 = 4;
 
+pub const MINDSKIP_EVENT_TEXT: i32 = 0;
+pub const MINDSKIP_EVENT_DONE: i32 = 1;
+pub const MINDSKIP_EVENT_FAILED: i32 = 2;
+
 /// What handles point to, as far as C sees.
 macro_rules! opaque {
     ($($name:ident)+) => {$(
@@ -42,7 +48,7 @@ macro_rules! opaque {
         }
     )+};
 }
-opaque!(mindskip_model mindskip_routers mindskip_engine mindskip_sampler);
+opaque!(mindskip_model mindskip_routers mindskip_engine mindskip_sampler mindskip_batch);
 
 /// A struct that begins with its size and may grow.
 ///
@@ -71,6 +77,7 @@ growing!(
     mindskip_sampling sequence: u64,
     mindskip_turn stop_count: usize,
     mindskip_answer finish: i32,
+    mindskip_batch_info capacity: f64,
     mindskip_stats kv_saved_bytes: u64
 );
 
@@ -209,4 +216,33 @@ pub struct mindskip_stats {
     pub kv_bytes: u64,
     pub kv_dense_bytes: u64,
     pub kv_saved_bytes: u64,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct mindskip_event {
+    pub size: usize,
+    pub request: mindskip_request,
+    pub kind: i32,
+    pub status: mindskip_status,
+    pub text: *const c_char,
+    pub text_length: usize,
+    pub answer: *const mindskip_answer,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct mindskip_batch_info {
+    pub size: usize,
+    pub running: usize,
+    pub waiting: usize,
+    pub kv_pages: u64,
+    pub kv_pages_used: u64,
+    pub kv_rows: u64,
+    pub kv_dense_rows: u64,
+    pub prompt_tokens: u64,
+    pub decoded_tokens: u64,
+    pub prefill_seconds: f64,
+    pub decode_seconds: f64,
+    pub capacity: f64,
 }

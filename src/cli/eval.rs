@@ -13,7 +13,6 @@ use mindskip::bundle::Bundle;
 use mindskip::engine::Engine;
 use mindskip::eval::perplexity::{TextScore, Windows, perplexity};
 use mindskip::eval::result::{Sample, save_samples};
-use mindskip::eval::score::can_share;
 use mindskip::eval::{Encoded, Record, Request, Room, Shots, Task, TaskScore, Work, score, task};
 use mindskip::model::Routing;
 use mindskip::tokenizer::Tokenizer;
@@ -218,7 +217,7 @@ fn room<'a>(works: impl IntoIterator<Item = &'a Work>) -> Room {
 }
 
 fn works(tasks: &[Prepared], routing: Option<&Routing>) -> Vec<Work> {
-    if routing.is_some_and(|routing| !can_share(routing)) && !tasks.is_empty() {
+    if routing.is_some_and(|routing| !routing.is_causal()) && !tasks.is_empty() {
         eprintln!("whole prompts decide what is active: every choice is a prompt of its own, and shares no K/V");
     }
     tasks.iter().map(|task| Work::new(&task.encoded, routing)).collect()

@@ -84,7 +84,7 @@ pub struct Options {
     pub context: Option<usize>,
     /// Sequences open at a time.
     pub batch: usize,
-    /// Tokens of one prefill call, all prompts together; None: `context`.
+    /// Tokens of one prefill call, all prompts together; None: `context`. [`Batch`](crate::batch::Batch) reads longer prompts in parts.
     pub rows: Option<usize>,
     /// Rows that go through a layer at a time in prefill; None: as many as suit the device.
     pub chunk: Option<usize>,

@@ -10,7 +10,6 @@ use super::request::Encoded;
 use crate::engine::{Engine, Mark, Seq};
 use crate::error::{Error, Kind, Result, ensure};
 use crate::model::Routing;
-use crate::router::{Level, Select};
 
 /// What an engine must have room for.
 ///
@@ -90,7 +89,7 @@ impl Work {
     pub fn new(records: &[(String, Vec<Encoded>)], routing: Option<&Routing>) -> Work {
         let context = records.iter().flat_map(|(_, requests)| requests).map(|r| r.inputs().len()).max().unwrap_or(1);
         let room = Room { batch: (HELD / context).clamp(1, BATCH), context, rows: ROWS.max(context) };
-        let shares = routing.is_none_or(can_share);
+        let shares = routing.is_none_or(Routing::is_causal);
         let families = records
             .chunk_by(|a, b| a.0 == b.0)
             .map(|records| {
@@ -111,22 +110,6 @@ impl Work {
     pub fn room(&self) -> Room {
         self.room
     }
-}
-
-/// Whether what a router decides about a token does not depend on the tokens behind it.
-///
-/// ```
-/// use mindskip::eval::score::can_share;
-/// use mindskip::model::Routing;
-///
-/// let mut routers = mindskip::bundle::Bundle::embedded()?.routers.expect("it comes with some");
-/// assert!(can_share(&Routing::routers(routers.clone())));
-/// routers.settings.granularity = "attn_sequence".parse()?;
-/// assert!(!can_share(&Routing::routers(routers)));
-/// # Ok::<(), mindskip::Error>(())
-/// ```
-pub fn can_share(routing: &Routing) -> bool {
-    routing.settings.granularity.level == Level::Token && routing.settings.select == Select::Threshold
 }
 
 /// The tokens with which all requests begin, as far as they are context of all, without the last of it, which the first

@@ -276,6 +276,141 @@ static void stops(mindskip_model *model, mindskip_engine *engine) {
     OK(mindskip_seq_close(engine, turn.seq));
 }
 
+/* ---- requests that come and go */
+
+enum { REQUESTS = 6, SLOTS = 2, BROKEN_OFF = 1, TOO_LARGE = 3, NEVER_BEGUN = 4, STOPPED = 5 };
+
+struct Served {
+    mindskip_batch *batch;
+    mindskip_request requests[REQUESTS];
+    char text[REQUESTS][ROOM];
+    /* -1 until it ends, -2 when it fails */
+    int32_t finish[REQUESTS];
+    size_t pieces[REQUESTS];
+};
+
+static int32_t on_event(void *user, const mindskip_event *event) {
+    struct Served *served = (struct Served *)user;
+    size_t i = 0, left;
+    while (i < REQUESTS && served->requests[i] != event->request)
+        i++;
+    CHECK(i < REQUESTS && served->finish[i] == -1 && event->size == sizeof *event);
+    CHECK(strlen(event->text) == event->text_length && (event->kind == MINDSKIP_EVENT_DONE) == (event->answer != NULL));
+    FAILS(MINDSKIP_ERROR_BUSY, "the batch is in another call", mindskip_batch_step(served->batch, on_event, user, &left));
+    if (event->kind == MINDSKIP_EVENT_TEXT) {
+        CHECK(event->status == MINDSKIP_OK && event->text_length > 0);
+        strcat(served->text[i], event->text);
+        return i == BROKEN_OFF && ++served->pieces[i] == 5;
+    }
+    if (event->kind == MINDSKIP_EVENT_FAILED) {
+        CHECK(i == TOO_LARGE && event->status == MINDSKIP_ERROR_MEMORY && strstr(event->text, "KV cache"));
+        served->finish[i] = -2;
+        return 0;
+    }
+    CHECK(event->status == MINDSKIP_OK && event->answer->size == sizeof *event->answer);
+    CHECK(!strcmp(event->answer->text, served->text[i]) && event->answer->text_length == strlen(served->text[i]));
+    served->finish[i] = event->answer->finish;
+    return 0;
+}
+
+/* More requests than slots, of different lengths; two are cancelled and one does not fit. Each has the text that it has alone. */
+static void serve(mindskip_model *model, mindskip_routers *routers) {
+    static uint32_t ids[REQUESTS][ROOM];
+    static struct Served served;
+    const char *const stop[] = {"Lily", "ball"};
+    const uint32_t no_eos = 0;
+    mindskip_turn turns[REQUESTS], wrong;
+    mindskip_options options;
+    mindskip_batch_info info;
+    mindskip_engine *engine, *lone;
+    mindskip_seq seq;
+    mindskip_request request;
+    size_t i, left, steps = 0;
+
+    memset(&served, 0, sizeof served);
+    CLEAR(options);
+    options.device = "cpu";
+    options.context = 160;
+    OK(mindskip_engine_new(model, routers, &options, &lone));
+    options.batch = SLOTS;
+    options.kv_tokens = 128;
+    options.rows = 8;
+    OK(mindskip_engine_new(model, routers, &options, &engine));
+    OK(mindskip_seq_open(engine, &seq));
+    FAILS(MINDSKIP_ERROR_ARGUMENT, "sequences are open", mindskip_batch_new(engine, 0, &served.batch));
+    OK(mindskip_seq_close(engine, seq));
+    OK(mindskip_batch_new(engine, REQUESTS, &served.batch));
+    FAILS(MINDSKIP_ERROR_HANDLE, "given to a batch", mindskip_seq_open(engine, &seq));
+    FAILS(MINDSKIP_ERROR_HANDLE, "given to a batch", mindskip_engine_free(engine));
+
+    for (i = 0; i < REQUESTS; i++) {
+        mindskip_sampling sampling;
+        CLEAR(sampling);
+        sampling.temperature = i % 2 ? 0.8f : 0;
+        sampling.seed = i;
+        CLEAR(turns[i]);
+        turns[i].prompt = ids[i];
+        turns[i].prompt_count = tokenize(model, PROMPTS[i % SEQS], ids[i]);
+        turns[i].max_tokens = 8 * (i + 1);
+        if (i == TOO_LARGE) {
+            turns[i].max_tokens = 0;
+            turns[i].eos = &no_eos;
+        }
+        if (i == STOPPED) {
+            turns[i].max_tokens = 100;
+            turns[i].stop = stop;
+            turns[i].stop_count = 2;
+        }
+        OK(mindskip_sampler_new(&sampling, &turns[i].sampler));
+        OK(mindskip_batch_submit(served.batch, &turns[i], &served.requests[i]));
+        served.finish[i] = -1;
+    }
+    FAILS(MINDSKIP_ERROR_MEMORY, "are waiting", mindskip_batch_submit(served.batch, &turns[0], &request));
+    wrong = turns[0];
+    wrong.seq = 1;
+    FAILS(MINDSKIP_ERROR_ARGUMENT, "opens its sequences", mindskip_batch_submit(served.batch, &wrong, &request));
+    FAILS(MINDSKIP_ERROR_ARGUMENT, "on_event is NULL", mindskip_batch_step(served.batch, NULL, NULL, &left));
+    FAILS(MINDSKIP_ERROR_ARGUMENT, "not of this batch", mindskip_batch_cancel(served.batch, 0));
+
+    OK(mindskip_batch_cancel(served.batch, served.requests[NEVER_BEGUN]));
+    do {
+        OK(mindskip_batch_step(served.batch, on_event, &served, &left));
+        CLEAR(info);
+        OK(mindskip_batch_get_info(served.batch, &info));
+        CHECK(info.running <= SLOTS && info.running + info.waiting <= left && info.kv_pages_used <= info.kv_pages);
+        CHECK(++steps < 1000);
+    } while (left > 0);
+    CHECK(info.running == 0 && info.kv_pages_used == 0 && info.kv_rows <= info.kv_dense_rows && info.kv_rows > 0);
+    CHECK(info.prompt_tokens > 20 && info.decoded_tokens > 40 && info.prefill_seconds > 0 && info.decode_seconds > 0);
+    CHECK(routers ? info.capacity > 0 && info.capacity < 1 : info.capacity == 1);
+    FAILS(MINDSKIP_ERROR_ARGUMENT, "has ended", mindskip_batch_cancel(served.batch, served.requests[0]));
+
+    for (i = 0; i < REQUESTS; i++) {
+        mindskip_answer answer;
+        mindskip_sampling sampling;
+        CLEAR(answer);
+        CLEAR(sampling);
+        sampling.temperature = i % 2 ? 0.8f : 0;
+        sampling.seed = i;
+        OK(mindskip_sampler_free(turns[i].sampler));
+        OK(mindskip_sampler_new(&sampling, &turns[i].sampler));
+        OK(mindskip_seq_open(lone, &turns[i].seq));
+        OK(mindskip_generate(lone, &turns[i], 1, NULL, NULL, &answer));
+        if (i == BROKEN_OFF || i == TOO_LARGE || i == NEVER_BEGUN) {
+            CHECK(!strncmp(answer.text, served.text[i], strlen(served.text[i])));
+            CHECK(served.finish[i] == (i == TOO_LARGE ? -2 : MINDSKIP_FINISH_INTERRUPTED));
+            CHECK((served.text[i][0] == 0) == (i == NEVER_BEGUN));
+        } else {
+            CHECK(!strcmp(answer.text, served.text[i]) && answer.finish == served.finish[i]);
+        }
+        OK(mindskip_seq_close(lone, turns[i].seq));
+        OK(mindskip_sampler_free(turns[i].sampler));
+    }
+    OK(mindskip_batch_free(served.batch));
+    FAILS(MINDSKIP_ERROR_HANDLE, "not a batch, or freed", mindskip_batch_free(served.batch));
+    OK(mindskip_engine_free(lone));
+}
+
 int main(void) {
     mindskip_model *model;
     mindskip_routers *routers;
@@ -320,6 +455,8 @@ int main(void) {
     stories(model, engine, "dense", 0);
     steps(model, engine, info.vocab);
     stops(model, engine);
+    serve(model, NULL);
+    serve(model, routers);
 
     /* In any order. */
     OK(mindskip_model_free(model));

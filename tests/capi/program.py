@@ -34,7 +34,21 @@ class Turn(Sized):
     _fields_ += [("stop", POINTER(c_char_p)), ("stop_count", c_size_t)]
 
 
+class Answer(Sized):
+    _fields_ = [("size", c_size_t), ("text", c_char_p), ("text_length", c_size_t)]
+    _fields_ += [("tokens", POINTER(c_uint32)), ("token_count", c_size_t), ("read", c_size_t), ("finish", c_int32)]
+
+
+class Event(ctypes.Structure):
+    _fields_ = [("size", c_size_t), ("request", c_uint64), ("kind", c_int32), ("status", c_int32)]
+    _fields_ += [("text", c_char_p), ("text_length", c_size_t), ("answer", POINTER(Answer))]
+
+
+TEXT, DONE, FAILED = range(3)
+INTERRUPTED = 4
+
 OnText = ctypes.CFUNCTYPE(c_int32, c_void_p, c_size_t, c_char_p, c_size_t)
+OnEvent = ctypes.CFUNCTYPE(c_int32, c_void_p, POINTER(Event))
 
 
 def call(name, *args):
@@ -68,5 +82,49 @@ for title, how in [("routed", routers), ("dense", None)]:
     call("generate", engine, byref(turn), c_size_t(1), hear, None, None)
     print(f"{title}: {prompt}|{b''.join(pieces).decode()}")
     call("engine_free", engine)
+
+# Five requests in two slots: each has the text that it has alone, but for the one that is cancelled after three steps.
+turns = []
+for number, text in enumerate([b"The dog", prompt.encode(), b"Once upon a time", b"Lily", b"One day"]):
+    own, length = (c_uint32 * 64)(), c_size_t()
+    call("tokenize", model, text, 1, own, 64, byref(length))
+    turns.append(Turn(prompt=own, prompt_count=length.value, max_tokens=10 + 5 * number))
+alone = []
+for turn in turns:
+    engine, answer = make("engine_new", model, routers, byref(Options(device=b"cpu", context=128))), Answer()
+    lone = Turn.from_buffer_copy(turn)
+    call("seq_open", engine, byref(lone, Turn.seq.offset))
+    call("generate", engine, byref(lone), c_size_t(1), None, None, byref(answer))
+    alone.append(answer.text)
+    call("engine_free", engine)
+
+batch = c_void_p()
+engine = make("engine_new", model, routers, byref(Options(device=b"cpu", context=128, batch=2)))
+call("batch_new", engine, c_size_t(0), byref(batch))
+numbers, left, ends, served = [c_uint64() for _ in turns], c_size_t(1), {}, {}
+for turn, number in zip(turns, numbers):
+    call("batch_submit", batch, byref(turn), byref(number))
+
+
+def hear_event(_user, event):
+    event = event.contents
+    if event.kind == TEXT:
+        served[event.request] = served.get(event.request, b"") + event.text
+    else:
+        assert event.kind == DONE and event.answer.contents.text == served[event.request], event.text
+        ends[event.request] = event.answer.contents.finish
+    return 0
+
+
+on_event, steps = OnEvent(hear_event), 0
+while left.value:
+    call("batch_step", batch, on_event, None, byref(left))
+    steps += 1
+    if steps == 3:
+        call("batch_cancel", batch, numbers[1])
+texts = [served[number.value] for number in numbers]
+assert ends[numbers[1].value] == INTERRUPTED and alone[1].startswith(texts[1]) and len(texts[1]) < len(alone[1])
+assert texts[:1] + texts[2:] == alone[:1] + alone[2:], (texts, alone)
+call("batch_free", batch)
 call("routers_free", routers)
 call("model_free", model)

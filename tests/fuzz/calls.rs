@@ -14,6 +14,9 @@ use super::draw::Draw;
 /// Loads the model and its routers, makes an engine, opens two sequences, reads, decodes, generates, and frees.
 pub const SEED: &[u8] = include_bytes!("calls.seed");
 
+/// Makes routers, an engine and a batch of it, submits, steps, cancels, looks, and frees.
+pub const BATCH_SEED: &[u8] = include_bytes!("batch.seed");
+
 /// What calls have returned, live or freed.
 #[derive(Default)]
 struct Pool {
@@ -21,7 +24,9 @@ struct Pool {
     routers: Vec<*mut mindskip_routers>,
     engines: Vec<*mut mindskip_engine>,
     samplers: Vec<*mut mindskip_sampler>,
+    batches: Vec<*mut mindskip_batch>,
     seqs: Vec<mindskip_seq>,
+    requests: Vec<mindskip_request>,
 }
 
 /// The number of a model that stays from one run to the next, unless one frees it: loading takes longer than all else.
@@ -50,12 +55,13 @@ pub fn run(draw: &mut Draw) {
         }
         pool.call(draw);
     }
-    // Those that were freed before are refused.
+    // Those that were freed before are refused, as are engines that were given to a batch.
+    let batches = pool.batches.iter().map(|&batch| mindskip_batch_free(batch));
     let engines = pool.engines.iter().map(|&engine| mindskip_engine_free(engine));
     let samplers = pool.samplers.iter().map(|&sampler| mindskip_sampler_free(sampler));
     let routers = pool.routers.iter().map(|&routers| mindskip_routers_free(routers));
     let models = pool.models[1..].iter().map(|&model| mindskip_model_free(model));
-    let statuses: Vec<i32> = engines.chain(samplers).chain(routers).chain(models).collect();
+    let statuses: Vec<i32> = batches.chain(engines).chain(samplers).chain(routers).chain(models).collect();
     assert!(statuses.iter().all(|status| [MINDSKIP_OK, MINDSKIP_ERROR_HANDLE].contains(status)), "{statuses:?}");
 }
 
@@ -133,7 +139,8 @@ impl Pool {
         let models = self.models.iter().map(|h| h.addr());
         let routers = self.routers.iter().map(|h| h.addr());
         let engines = self.engines.iter().map(|h| h.addr());
-        models.chain(routers).chain(engines).chain(self.samplers.iter().map(|h| h.addr())).collect()
+        let (samplers, batches) = (self.samplers.iter().map(|h| h.addr()), self.batches.iter().map(|h| h.addr()));
+        models.chain(routers).chain(engines).chain(samplers).chain(batches).collect()
     }
 
     fn model(&self, draw: &mut Draw) -> *mut mindskip_model {
@@ -152,12 +159,16 @@ impl Pool {
         if draw.rarely() { ptr::null_mut() } else { handle(draw, &self.samplers, &self.all()) }
     }
 
+    fn batch(&self, draw: &mut Draw) -> *mut mindskip_batch {
+        handle(draw, &self.batches, &self.all())
+    }
+
     fn seq(&self, draw: &mut Draw) -> mindskip_seq {
         if draw.byte() < 248 && !self.seqs.is_empty() { draw.pick(&self.seqs) } else { draw.pick(&[0, 1, u64::MAX]) }
     }
 
     fn call(&mut self, draw: &mut Draw) {
-        match draw.below(26) {
+        match draw.below(34) {
             0 | 1 => self.load(draw),
             2 => self.load_routers(draw),
             3 | 4 => self.make_engine(draw),
@@ -177,7 +188,15 @@ impl Pool {
             22 => drop(ended(mindskip_seq_close(self.engine(draw), self.seq(draw)))),
             23 => drop(ended(mindskip_clear_stats(self.engine(draw)))),
             24 => self.describe(draw),
-            _ => self.info(draw),
+            25 => self.info(draw),
+            26 => self.make_batch(draw),
+            27 | 28 => self.submit(draw),
+            29..32 => self.step(draw),
+            32 => {
+                let request = if draw.rarely() || self.requests.is_empty() { 0 } else { draw.pick(&self.requests) };
+                ended(mindskip_batch_cancel(self.batch(draw), request));
+            }
+            _ => self.look(draw),
         }
     }
 
@@ -296,24 +315,9 @@ impl Pool {
     fn generate(&self, draw: &mut Draw) {
         let work: Vec<_> =
             (0..draw.below(3)).map(|_| (self.seq(draw), ids(draw), ids(draw), self.sampler(draw))).collect();
-        let stop = [c"a".as_ptr(), c"Lily".as_ptr(), ptr::null()];
-        let turns: Vec<_> = work
-            .iter()
-            .map(|(seq, prompt, more, sampler)| mindskip_turn {
-                size: size::<mindskip_turn>(draw),
-                seq: *seq,
-                prompt: prompt.as_ptr(),
-                prompt_count: prompt.len(),
-                history: more.as_ptr(),
-                history_count: more.len(),
-                sampler: *sampler,
-                max_tokens: draw.pick(&[0, 1, 2, 5, usize::MAX]),
-                eos: if draw.rarely() { more.as_ptr() } else { ptr::null() },
-                eos_count: 0,
-                stop: stop.as_ptr(),
-                stop_count: draw.pick(&[0, 0, 1, 2, 3]),
-            })
-            .collect();
+        let stop = stop_texts();
+        let turns: Vec<_> =
+            work.iter().map(|(seq, prompt, more, sampler)| turn(draw, *seq, prompt, more, *sampler, &stop)).collect();
         let engine = self.engine(draw);
         let mut caller = Caller { engine, left: draw.below(8) };
         let nothing = mindskip_answer {
@@ -342,11 +346,65 @@ impl Pool {
         }
     }
 
+    fn make_batch(&mut self, draw: &mut Draw) {
+        let mut batch = ptr::null_mut();
+        let queue = draw.pick(&[0, 1, 3, usize::MAX]);
+        // SAFETY: room for a handle, or NULL.
+        if ended(unsafe { mindskip_batch_new(self.engine(draw), queue, out(draw, &mut batch)) }) {
+            self.batches.push(batch);
+        }
+    }
+
+    fn submit(&mut self, draw: &mut Draw) {
+        let (prompt, more, stop) = (ids(draw), ids(draw), stop_texts());
+        let sampler = self.sampler(draw);
+        let mut turn = turn(draw, 0, &prompt, &more, sampler, &stop);
+        if draw.rarely() {
+            turn.seq = self.seq(draw);
+        } else {
+            turn.history_count = 0;
+        }
+        let mut request = 0;
+        // SAFETY: a turn with all it points to, and room for a number, or NULL.
+        if ended(unsafe { mindskip_batch_submit(self.batch(draw), &turn, out(draw, &mut request)) }) {
+            assert!(!self.requests.contains(&request), "{request} again");
+            self.requests.push(request);
+        }
+    }
+
+    fn step(&self, draw: &mut Draw) {
+        let batch = self.batch(draw);
+        let (mut caller, mut left) = (Stepper { batch, unwanted: draw.below(8) }, 0);
+        let call: mindskip_on_event = if draw.byte() >= 248 { None } else { Some(on_event) };
+        for _ in 0..draw.below(6) {
+            // SAFETY: the callback is given what it takes; room for a number, or NULL.
+            let status = unsafe {
+                let user = (&raw mut caller).cast::<c_void>();
+                mindskip_batch_step(batch, call, user, out(draw, &mut left))
+            };
+            if ended(status) {
+                assert!(left <= self.requests.len(), "{left} of {}", self.requests.len());
+            }
+        }
+    }
+
+    fn look(&self, draw: &mut Draw) {
+        // SAFETY: all zeros are a value of it.
+        let mut info: mindskip_batch_info = unsafe { std::mem::zeroed() };
+        info.size = size::<mindskip_batch_info>(draw);
+        // SAFETY: a struct of the size that it says, or NULL.
+        if ended(unsafe { mindskip_batch_get_info(self.batch(draw), out(draw, &mut info)) }) {
+            assert!(info.running + info.waiting <= self.requests.len() && info.kv_pages_used <= info.kv_pages);
+            assert!(info.kv_rows <= info.kv_dense_rows && (0.0..=1.0).contains(&info.capacity));
+        }
+    }
+
     fn free(&self, draw: &mut Draw) {
-        ended(match draw.below(4) {
+        ended(match draw.below(5) {
             0 => mindskip_model_free(self.model(draw)),
             1 => mindskip_routers_free(self.router(draw)),
             2 => mindskip_engine_free(self.engine(draw)),
+            3 => mindskip_batch_free(self.batch(draw)),
             _ => mindskip_sampler_free(self.sampler(draw)),
         });
     }
@@ -506,6 +564,64 @@ impl Pool {
             ended(mindskip_model_sampling(model, out(draw, &mut sampling)));
         }
     }
+}
+
+fn stop_texts() -> [*const c_char; 3] {
+    [c"a".as_ptr(), c"Lily".as_ptr(), ptr::null()]
+}
+
+fn turn(
+    draw: &mut Draw,
+    seq: mindskip_seq,
+    prompt: &[u32],
+    more: &[u32],
+    sampler: *mut mindskip_sampler,
+    stop: &[*const c_char; 3],
+) -> mindskip_turn {
+    mindskip_turn {
+        size: size::<mindskip_turn>(draw),
+        seq,
+        prompt: prompt.as_ptr(),
+        prompt_count: prompt.len(),
+        history: more.as_ptr(),
+        history_count: more.len(),
+        sampler,
+        max_tokens: draw.pick(&[0, 1, 2, 5, usize::MAX]),
+        eos: if draw.rarely() { more.as_ptr() } else { ptr::null() },
+        eos_count: 0,
+        stop: stop.as_ptr(),
+        stop_count: draw.pick(&[0, 0, 1, 2, 3]),
+    }
+}
+
+/// What the callback of steps is given.
+struct Stepper {
+    batch: *mut mindskip_batch,
+    /// Events until one is cancelled; 0: none is.
+    unwanted: usize,
+}
+
+unsafe extern "C" fn on_event(user: *mut c_void, event: *const mindskip_event) -> i32 {
+    // SAFETY: what `step` gave, and the library's event, whose text ends with NUL, until this returns.
+    let (caller, event, text, answer) = unsafe {
+        let event = &*event;
+        (&mut *user.cast::<Stepper>(), event, CStr::from_ptr(event.text), event.answer.as_ref())
+    };
+    let status = mindskip_batch_cancel(caller.batch, event.request);
+    let fits = match event.kind {
+        MINDSKIP_EVENT_TEXT => event.text_length > 0 && answer.is_none() && event.status == MINDSKIP_OK,
+        MINDSKIP_EVENT_DONE => answer.is_some_and(|a| a.read <= a.token_count + 1) && event.status == MINDSKIP_OK,
+        MINDSKIP_EVENT_FAILED => event.text_length > 0 && answer.is_none() && event.status > MINDSKIP_OK,
+        _ => false,
+    };
+    // It must not unwind, so a wrong answer ends the process.
+    if status != MINDSKIP_ERROR_BUSY || text.to_bytes().len() > event.text_length || !fits {
+        eprintln!("an event of kind {}, status {}, and a call from the callback: {status}", event.kind, event.status);
+        std::process::abort();
+    }
+    let unwanted = caller.unwanted == 1;
+    caller.unwanted = caller.unwanted.saturating_sub(1);
+    i32::from(unwanted)
 }
 
 /// What the callback is given.

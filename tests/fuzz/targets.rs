@@ -364,5 +364,5 @@ pub fn calls(data: &[u8]) {
 fn calls_seeds() -> Vec<Vec<u8>> {
     let mixed = (1..8)
         .map(|seed: u32| (0..160u32).map(move |i| (i.wrapping_mul(2_654_435_769).wrapping_mul(seed) >> 21) as u8));
-    mixed.map(Iterator::collect).chain([calls::SEED.to_vec()]).collect()
+    mixed.map(Iterator::collect).chain([calls::SEED.to_vec(), calls::BATCH_SEED.to_vec()]).collect()
 }
