@@ -410,11 +410,12 @@ typedef uint64_t mindskip_request;
 /* Takes a request; it begins in a later step. `turn` as of mindskip_generate, but for `seq` and `history_count`, which are 0: the
  * batch opens a sequence. A sampler is copied: it may be used otherwise, or freed, at once.
  *
- * ARGUMENT for one that cannot run at all, as of mindskip_prefill; a prompt may be longer than `rows`, to be read in several steps,
- * unless it is decided as a whole ("..._sequence", "topk"). MEMORY while as many wait as may. */
+ * ARGUMENT for one that cannot run at all, as of mindskip_prefill; a prompt may be longer than `rows`, to be read in several
+ * steps, unless it is decided as a whole ("..._sequence", "topk"). MEMORY while as many wait as may. */
 mindskip_status mindskip_batch_submit(mindskip_batch *batch, const mindskip_turn *turn, mindskip_request *request);
 
-/* Ends a request where it is, waiting or running: the next step reports what was made. ARGUMENT for one whose end was reported. */
+/* Ends a request where it is, waiting or running: the next step reports what was made. ARGUMENT for one whose end was
+ * reported. */
 mindskip_status mindskip_batch_cancel(mindskip_batch *batch, mindskip_request request);
 
 enum {
@@ -422,8 +423,8 @@ enum {
     MINDSKIP_EVENT_TEXT = 0,
     /* It has ended. */
     MINDSKIP_EVENT_DONE = 1,
-    /* It cannot go on, which is no matter of the others: MEMORY when it does not fit into the K/V pool by itself, NUMERIC when its
-     * logits are not numbers, FORMAT when its tokens are no text. */
+    /* It cannot go on, which is no matter of the others: MEMORY when it does not fit into the K/V pool by itself, NUMERIC when
+     * its logits are not numbers, FORMAT when its tokens are no text. */
     MINDSKIP_EVENT_FAILED = 2
 };
 
@@ -446,8 +447,8 @@ typedef struct mindskip_event {
 /* Returns 0 to go on; anything else cancels the request, whose end the next step reports unless this one does. */
 typedef int32_t (*mindskip_on_event)(void *user, const mindskip_event *event);
 
-/* Takes a token for every request that runs and lets as many begin as there is room for; then `on_event` is called for what became
- * of them. `*left` becomes the number of requests whose end was not reported yet: at 0 there is nothing to do.
+/* Takes a token for every request that runs and lets as many begin as there is room for; then `on_event` is called for what
+ * became of them. `*left` becomes the number of requests whose end was not reported yet: at 0 there is nothing to do.
  *
  * Failures are those that are not a single request's, such as DEVICE; nothing is lost, a further step goes on from there. */
 mindskip_status mindskip_batch_step(mindskip_batch *batch, mindskip_on_event on_event, void *user, size_t *left);

@@ -1,10 +1,10 @@
 //! Continuous batching: requests of any length share an engine; each begins as soon as there is room, and leaves at once.
 //!
-//! A request waits, oldest first, for a slot, for rows of a prefill and for K/V pages (`batch`, `rows` and `kv_tokens` of
-//! [`Options`](crate::engine::Options)). A step reads at most `rows` tokens of prompts, a longer one in parts, so that the others go
-//! on meanwhile; only where [whole prompts decide](crate::model::Routing::is_causal) a prompt is read in one step. When pages run out on the way, the youngest gives its own back and waits again; later it reads its
-//! prompt and what it has made once more, and goes on. On the CPU every request makes the tokens that it would make alone, to
-//! the bit of their logits.
+//! A request waits, oldest first, for a slot and for K/V pages (`batch` and `kv_tokens` of
+//! [`Options`](crate::engine::Options)). A step reads at most `rows` tokens of prompts, longer ones in parts, so that the others go
+//! on meanwhile; only where [whole prompts decide](crate::model::Routing::is_causal) each is read at once. When pages run out on
+//! the way, the youngest gives its own back and waits again; later it reads its prompt and what it has made once more, and goes
+//! on. On the CPU every request makes the tokens that it would make alone, to the bit of their logits.
 
 use std::collections::VecDeque;
 use std::slice;
@@ -299,8 +299,7 @@ impl Batch {
 
     /// Lets requests begin, the oldest first, as long as there is room.
     fn admit(&mut self) -> Result<()> {
-        let limits = self.engine.plan().limits;
-        if self.waiting.is_empty() || self.running.len() == limits.batch {
+        if self.waiting.is_empty() || self.running.len() == self.engine.plan().limits.batch {
             return Ok(());
         }
         let shares = self.engine.kv_shares()?;
@@ -308,11 +307,9 @@ impl Batch {
             shares.iter().map(|share| ((tokens as f64 * share).ceil() as usize).div_ceil(PAGE)).sum()
         };
         let mut free = self.engine.plan().kv.pages - self.engine.kv_usage()?.pages;
-        let mut rows = limits.rows;
         for job in &self.running {
             let (held, next) = (self.engine.position(job.turn.seq), job.turn.prompt.len() + job.run.tokens.len());
             free = free.saturating_sub(pages(next) - pages(held));
-            rows = rows.saturating_sub(self.prefill_rows(job));
         }
         while let Some(next) = self.waiting.front() {
             let (id, prompt, made) = (next.id, next.request.prompt.len(), next.run.tokens.len());
@@ -324,18 +321,16 @@ impl Batch {
             }
             let needed = pages(prompt + made + 1);
             // One alone is let in whatever it may need.
-            let fits = self.running.is_empty() || (!self.full && needed <= free);
-            let starts = if self.reads_parts() { rows > 0 } else { prompt <= rows };
-            if self.running.len() == limits.batch || !starts || !fits {
+            if !self.running.is_empty() && (self.full || needed > free) {
                 break;
             }
             let seq = match self.engine.open() {
+                // No slot is left.
                 Err(e) if e.kind() == Kind::Memory && !self.running.is_empty() => break,
                 seq => seq?,
             };
             let Waiting { id, request, run } = self.waiting.pop_front().expect("the front one");
             self.running.push(Job { id, turn: request.turn(seq), run });
-            rows = rows.saturating_sub(prompt);
             free = free.saturating_sub(needed);
         }
         Ok(())

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::*;
 use mindskip::batch::{Batch, Event, Id, Request};
@@ -90,10 +90,18 @@ impl Ended {
 
 fn run(batch: &mut Batch) -> Ended {
     let mut ended = Ended::default();
-    while !batch.is_idle() {
+    run_on(batch, &mut ended);
+    ended
+}
+
+fn run_on(batch: &mut Batch, ended: &mut Ended) {
+    for step in 0.. {
+        if batch.is_idle() {
+            break;
+        }
+        assert!(step < 1000, "{} requests run and {} wait without an end", batch.running(), batch.waiting());
         ended.take(batch.step().unwrap());
     }
-    ended
 }
 
 /// Requests that arrive over time, at four slots and half the pages that they would take, so that some give theirs back and
@@ -206,7 +214,7 @@ fn a_long_prompt_is_read_beside_those_that_decode() {
     let small = Options { rows: Some(16), chunk: Some(8), ..options(3, CONTEXT) };
     for routing in routings {
         let what = format!("{:?}", routing.as_ref().map(|r| r.settings));
-        let requests = [greedy(5, 30), greedy(9, 25), greedy(61, 6)];
+        let requests = [greedy(5, 30), greedy(9, 25), greedy(65, 6)];
         let long = &requests[2].prompt;
         let mut lone = engine(&folder(), routing.clone(), &options(1, CONTEXT));
         let seq = lone.open().unwrap();
@@ -231,9 +239,7 @@ fn a_long_prompt_is_read_beside_those_that_decode() {
             assert_bits(&format!("{what} from {read}"), &logprobs, &expected[read..][..part]);
             read += part;
         }
-        while !batch.is_idle() {
-            ended.take(batch.step().unwrap());
-        }
+        run_on(&mut batch, &mut ended);
         for (id, request) in asked.iter().zip(&requests) {
             assert_eq!(ended.answers[id].as_ref(), Ok(&alone(&mut lone, &tokenizer, request).0), "{what}");
         }
@@ -278,9 +284,7 @@ fn what_cannot_run_is_refused_at_once() {
     let mut ended = Ended::default();
     ended.take(batch.step().unwrap());
     let late = batch.submit(request(3)).unwrap();
-    while !batch.is_idle() {
-        ended.take(batch.step().unwrap());
-    }
+    run_on(&mut batch, &mut ended);
     assert!(ended.answers.len() == 4 && ended.answers[&late].is_ok());
 }
 
@@ -303,13 +307,97 @@ fn a_cancelled_request_makes_room() {
     assert!(!batch.cancel(asked[0]).unwrap() && !batch.is_idle());
     ended.take(batch.step().unwrap());
     assert_eq!((batch.running(), batch.waiting()), (1, 1));
-    while !batch.is_idle() {
-        ended.take(batch.step().unwrap());
-    }
+    run_on(&mut batch, &mut ended);
     let answer = |i: usize| ended.answers[&asked[i]].as_ref().unwrap();
     assert_eq!((&answer(0).tokens[..], answer(0).finish), (&expected[0].tokens[..5], Finish::Interrupted));
     assert_eq!((answer(2).tokens.len(), answer(2).finish), (0, Finish::Interrupted));
     assert_eq!((answer(1), answer(3)), (&expected[1], &expected[3]));
+
+    let last = batch.submit(requests[0].clone()).unwrap();
+    assert!(batch.cancel(last).unwrap() && !batch.is_idle(), "its end is to be reported");
+    run_on(&mut batch, &mut ended);
+    assert_eq!(ended.answers[&last].as_ref().unwrap().finish, Finish::Interrupted);
+}
+
+/// Nobody begins before there are pages for its prompt, beside those that begin with it, and for the next tokens of those that run.
+#[test]
+fn requests_begin_when_their_pages_are_free() {
+    let tokenizer = tokenizer();
+    // Two pages for each layer.
+    let pages = Options { kv_tokens: Some(128), ..options(4, CONTEXT) };
+    let ask = |batch: &mut Batch, prompt: usize, max_tokens| {
+        let request = Request::new(ids(prompt, VOCAB, prompt as u64)).unwrap();
+        batch.submit(Request { max_tokens, ..request }).unwrap();
+    };
+    let one_by_one = Options { rows: Some(10), ..pages.clone() };
+    let mut batch = Batch::new(engine(&folder(), None, &one_by_one), &tokenizer);
+    for prompt in [10, 9, 8] {
+        ask(&mut batch, prompt, 5);
+    }
+    let mut ended = Ended::default();
+    ended.take(batch.step().unwrap());
+    assert_eq!((batch.running(), batch.waiting()), (2, 1));
+    run_on(&mut batch, &mut ended);
+
+    // One that needs its second page with its next token but one.
+    let mut batch = Batch::new(engine(&folder(), None, &pages), &tokenizer);
+    let mut ended = Ended::default();
+    ask(&mut batch, 63, 8);
+    ended.take(batch.step().unwrap());
+    ask(&mut batch, 10, 4);
+    run_on(&mut batch, &mut ended);
+    assert_eq!((batch.timing().prompt_tokens, ended.answers.len()), (63 + 10, 2), "nothing is read again");
+}
+
+/// Where more rows are kept than were expected, a request learns by reading that pages run out; it does not try again before
+/// another one ends.
+#[test]
+fn what_ran_out_is_not_tried_again_before_one_ends() {
+    let tokenizer = tokenizer();
+    let settings = RouterSettings { keys: Keys::Active, ..RouterSettings::default() };
+    let routing = Some(random_gates(settings, &[2, 3], 0.1));
+    let mut lone = engine(&folder(), routing.clone(), &options(1, CONTEXT));
+    // By position: a token that neither layer keeps and, nearly everywhere, one that both do.
+    let (mut skipped, mut kept) = ([0; 90], [0; 90]);
+    for id in 0..VOCAB as u32 {
+        let seq = lone.open().unwrap();
+        lone.prefill(&[(seq, &[id; 90])]).unwrap();
+        let trace = lone.trace().unwrap();
+        for at in 0..90 {
+            match [trace[0].active[at], trace[1].active[at]] {
+                [false, false] => skipped[at] = id,
+                [true, true] => kept[at] = id,
+                _ => {}
+            }
+        }
+        lone.close(seq).unwrap();
+    }
+    let requests = [(&skipped[..80], 12), (&kept[..], 4)]
+        .map(|(prompt, max_tokens)| Request { max_tokens, ..Request::new(prompt.to_vec()).unwrap() });
+    let small = Options { kv_tokens: Some(192), ..options(2, CONTEXT) };
+    let mut batch = Batch::new(engine(&folder(), routing, &small), &tokenizer);
+    let passed = Arc::new(AtomicUsize::new(0));
+    let counter = passed.clone();
+    batch.engine().watch(move |_| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        ControlFlow::Continue(())
+    });
+    let mut ended = Ended::default();
+    let first = batch.submit(requests[0].clone()).unwrap();
+    ended.take(batch.step().unwrap());
+    let before = passed.load(Ordering::Relaxed);
+    let second = batch.submit(requests[1].clone()).unwrap();
+    ended.take(batch.step().unwrap());
+    let tried = passed.load(Ordering::Relaxed);
+    assert!(tried > before && batch.waiting() == 1, "it begins, and gives its pages back");
+    while ended.answers.is_empty() {
+        assert_eq!(passed.load(Ordering::Relaxed), tried);
+        ended.take(batch.step().unwrap());
+    }
+    run_on(&mut batch, &mut ended);
+    for (id, request) in [first, second].iter().zip(&requests) {
+        assert_eq!(ended.answers[id].as_ref(), Ok(&alone(&mut lone, &tokenizer, request).0));
+    }
 }
 
 /// One that does not fit into the KV cache by itself fails by itself; the others get their answers.
