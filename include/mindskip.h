@@ -10,16 +10,16 @@
  *            that frees it, in any order: what an engine needs of its model lives as long as the engine. NULL may be freed.
  *
  * Structs    Clear all of a struct (memset) and set `size`, its first field, to its sizeof. Zero in every other field of one
- *            that goes in is its default. mindskip_message and mindskip_prompt have no size and stay as they are. Fields will be added at the end; a library that is older than the header refuses
- *            fields that it does not know, unless they are zero.
+ *            that goes in is its default. mindskip_message and mindskip_prompt have no size and stay as they are. Fields will be
+ *            added at the end; a library that is older than the header refuses fields that it does not know, unless they are zero.
  *
  * Text       is UTF-8. What goes in ends with NUL. What comes out goes into a buffer of the caller, with a NUL behind it:
  *            of `capacity` bytes, the NUL included; `*length` becomes the bytes of the text without it. Where it does not fit,
  *            nothing is written but `*length`, and MINDSKIP_ERROR_SPACE says so: call again with `*length + 1` bytes. Lists of
  *            numbers go the same way, without a NUL.
  *
- * Memory     What goes in is read during the call and not kept, and does not overlap with what comes out. What a returned pointer points to belongs to the library
- *            and stays as long as its function says.
+ * Memory     What goes in is read during the call and not kept, and does not overlap with what comes out. What a returned
+ *            pointer points to belongs to the library and stays as long as its function says.
  *
  * Threads    All functions may be called from any thread. Models and routers may be used by several threads at once. An
  *            engine, a sampler or a batch serves one call at a time: a second one, from another thread or from within a callback,
